@@ -1,0 +1,152 @@
+"""What travels between data, models and steps, and the legend of shapes.
+
+Legend of the letters in names such as ``logp_BxT``:
+
+====  ==============================================================
+B     rows of a batch
+L     slots of a model row (prompt, responses and padding together)
+T     tokens of a response axis
+P     tokens of a prompt axis
+N     prompts with rankings; K responses of one prompt
+V     vocabulary; D model width; H heads; G key-value heads; C head width
+====  ==============================================================
+
+Everything here is a frozen pytree of arrays; nothing here computes with a model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = Any  # jax.Array or numpy.ndarray: batches are made by NumPy and consumed under jit
+
+
+def pytree(cls):
+    """A frozen dataclass that jax treats as a pytree, every field a leaf."""
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    return jax.tree_util.register_dataclass(
+        cls, data_fields=[f.name for f in dataclasses.fields(cls)], meta_fields=[]
+    )
+
+
+@pytree
+class Layout:
+    """Which token sits where and what it may see; the one form in which a model reads text.
+
+    Slot i sees slot j iff j <= i, segment_j != 0, and segment_j equals segment_i or prefix_i.
+    Segment 0 is padding, prefix 0 means none; one level, not transitive. The tokens of a segment
+    are contiguous and ordered. Positions count the tokens a slot sees before itself, so a
+    response's positions continue from its prompt's length.
+    """
+
+    token_BxL: Array  # int32
+    position_BxL: Array  # int32
+    segment_BxL: Array  # int32
+    prefix_BxL: Array  # int32
+
+
+@pytree
+class LmBatch:
+    """Text for the language-model loss; ``weight`` says how much each token's own nll counts."""
+
+    layout: Layout
+    weight_BxL: Array  # float32, 0 where a token is context only
+
+
+@pytree
+class ComparisonBatch:
+    """N ranked prompts laid out in B rows: each prompt once, its K responses behind it.
+
+    The score of response k of prompt n is the scalar at slot ``(row, last)``: its last real token.
+    """
+
+    layout: Layout
+    row_NxK: Array  # int32, the row of the layout that holds the response
+    last_NxK: Array  # int32, the slot of its last real token
+    rank_NxK: Array  # int32, lower is better, equal is a tie
+    valid_NxK: Array  # bool, False where a prompt has fewer than K responses
+
+
+@pytree
+class PromptBatch:
+    """Left-padded prompts for the sampler; ``episode`` is the global index behind the keys."""
+
+    token_BxP: Array  # int32
+    mask_BxP: Array  # bool
+    episode_B: Array  # int32
+
+
+@pytree
+class Responses:
+    """What the sampler returns for a :class:`PromptBatch`."""
+
+    token_BxT: Array  # int32, pad where mask is False
+    mask_BxT: Array  # bool, True up to and including the token that ended the response
+    logp_BxT: Array  # float32, the sampler's own log-probabilities
+    stop_B: Array  # int32: 0 cut by length, 1 ended by EOS, 2 ended by another stop token
+
+
+@pytree
+class Rollout:
+    """Scored episodes, frozen: what every PPO update of an iteration reads.
+
+    All arrays are aligned with the slots of ``layout``, so that padded and packed rows are one
+    form. ``mask`` marks response tokens. Values are read *before* a token, at its predecessor.
+    """
+
+    layout: Layout
+    mask_BxL: Array  # bool
+    old_logp_BxL: Array  # float32
+    old_value_BxL: Array  # float32
+    advantage_BxL: Array  # float32, whitened
+    return_BxL: Array  # float32
+
+
+def padded_layout(token_BxL: Array, mask_BxL: Array) -> Layout:
+    """One segment a row; ``mask`` marks all real tokens, padding may stand on either side.
+
+    Positions count real tokens only (trap T5), so padding never changes what a model computes.
+    """
+    if token_BxL.ndim != 2:
+        raise ValueError(f"token_BxL must have rank 2, got shape {token_BxL.shape}")
+    if mask_BxL.shape != token_BxL.shape:
+        raise ValueError(f"mask_BxL has shape {mask_BxL.shape}, token_BxL {token_BxL.shape}")
+    if mask_BxL.dtype != bool:
+        raise TypeError(f"mask_BxL must be bool, got {mask_BxL.dtype}")
+    count_BxL = jnp.cumsum(mask_BxL.astype(jnp.int32), axis=1)
+    return Layout(
+        token_BxL=jnp.where(mask_BxL, token_BxL, 0).astype(jnp.int32),
+        position_BxL=jnp.where(mask_BxL, count_BxL - 1, 0),
+        segment_BxL=mask_BxL.astype(jnp.int32),
+        prefix_BxL=jnp.zeros(token_BxL.shape, jnp.int32),
+    )
+
+
+def predecessor(layout: Layout) -> tuple[Array, Array]:
+    """Slot of the token that stands before each token, and whether there is one.
+
+    Within a segment it is the slot to the left; for a response's first token it is the last token
+    of its prompt, wherever that lies in the row. Returns (index_BxL int32, exists_BxL bool); the
+    index is 0 where nothing precedes.
+    """
+    segment_BxL, prefix_BxL = layout.segment_BxL, layout.prefix_BxL
+    length = segment_BxL.shape[1]
+    slot_L = jnp.arange(length, dtype=jnp.int32)
+
+    def last_slot(segment_L):
+        # Segment ids of a row are at most its length; slot 0 of the table stays "none".
+        return jnp.full((length + 1,), -1, jnp.int32).at[segment_L].max(slot_L)
+
+    last_BxS = jax.vmap(last_slot)(segment_BxL)
+    of_prefix_BxL = jnp.take_along_axis(last_BxS, prefix_BxL, axis=1)
+    left_BxL = jnp.pad(segment_BxL[:, :-1], ((0, 0), (1, 0)))
+    continues_BxL = left_BxL == segment_BxL
+    index_BxL = jnp.where(
+        continues_BxL, slot_L[None] - 1, jnp.where(prefix_BxL > 0, of_prefix_BxL, -1)
+    )
+    exists_BxL = (index_BxL >= 0) & (segment_BxL > 0)
+    return jnp.where(exists_BxL, index_BxL, 0), exists_BxL

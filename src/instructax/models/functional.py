@@ -1,0 +1,149 @@
+"""THE SEAM: all that the rest of the house knows of a model. Parameters in, arrays out.
+
+A parameter tree is a nested dict: ``embed/{token,position}``, ``blocks/...`` stacked on a leading
+layer axis, ``final_norm``, and a head: ``head/kernel_VxD`` (an untied unembedding) or
+``value_head/{kernel,bias}``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from instructax import logprobs
+from instructax.batches import Layout, predecessor
+from instructax.config import ModelConfig
+from instructax.models import cache as cache_lib
+from instructax.models import transformer
+from instructax.models.cache import Cache, rollout_copy
+
+__all__ = [
+    "Cache",
+    "decode",
+    "init",
+    "num_parameters",
+    "prefill",
+    "replace_head",
+    "rollout_copy",
+    "scalars",
+    "shift_scalars",
+    "token_logprobs",
+    "token_statistics",
+]
+
+Array = Any
+Params = Any
+
+
+def init(key: Array, model_config: ModelConfig, head: str) -> Params:
+    """Random float32 parameters. ``head`` is "lm" or "scalar".
+
+    The scalar head is N(0, 1/(d+1)) with bias 0 (Stiennon et al. 2020; trap T4).
+    """
+    trunk_key, head_key = jax.random.split(key)
+    params = transformer.init_trunk(trunk_key, model_config)
+    if head == "scalar":
+        return params | {"value_head": _scalar_head(head_key, model_config)}
+    if head != "lm":
+        raise ValueError(f'head must be "lm" or "scalar", got {head!r}')
+    if not model_config.tie_embeddings:
+        shape = (model_config.padded_vocab_size, model_config.d_model)
+        params["head"] = {"kernel": model_config.init_std * jax.random.normal(head_key, shape)}
+    return params
+
+
+def _scalar_head(key: Array, config: ModelConfig) -> Params:
+    kernel_Dx1 = jax.random.normal(key, (config.d_model, 1)) * (config.d_model + 1) ** -0.5
+    return {"kernel": kernel_Dx1, "bias": jnp.zeros((1,))}
+
+
+def replace_head(key: Array, params: Params, model_config: ModelConfig) -> Params:
+    """The language model with its unembedding replaced by a fresh scalar head."""
+    trunk = {name: value for name, value in params.items() if name not in ("head", "value_head")}
+    return trunk | {"value_head": _scalar_head(key, model_config)}
+
+
+def shift_scalars(params: Params, shift: Array) -> Params:
+    """Add ``shift`` to every scalar by moving the head's bias, so that it travels with the weights."""
+    head = params["value_head"]
+    return params | {"value_head": head | {"bias": head["bias"] + shift}}
+
+
+def num_parameters(params: Params) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _unembedding(params: Params, config: ModelConfig) -> Array:
+    return params["embed"]["token"] if config.tie_embeddings else params["head"]["kernel"]
+
+
+def _statistics(params, config, layout, temperature, dropout_key, with_entropy):
+    x_BxLxD = transformer.hidden(params, config, layout, dropout_key)
+    index_BxL, exists_BxL = predecessor(layout)
+    before_BxLxD = jnp.take_along_axis(x_BxLxD, index_BxL[:, :, None], axis=1)
+    logp, entropy = logprobs.chunked_token_statistics(
+        before_BxLxD,
+        layout.token_BxL,
+        _unembedding(params, config),
+        vocab_size=config.vocab_size,
+        temperature=temperature,
+        with_entropy=with_entropy,
+    )
+    return jnp.where(exists_BxL, logp, 0.0), jnp.where(exists_BxL, entropy, 0.0)
+
+
+def token_logprobs(
+    params: Params,
+    model_config: ModelConfig,
+    layout: Layout,
+    *,
+    temperature: float = 1.0,
+    dropout_key: Array | None = None,
+) -> Array:
+    """logp_BxL: log p(token | what it sees before it) at the given temperature; 0 where nothing precedes."""
+    return _statistics(params, model_config, layout, temperature, dropout_key, False)[0]
+
+
+def token_statistics(
+    params: Params,
+    model_config: ModelConfig,
+    layout: Layout,
+    *,
+    temperature: float = 1.0,
+    dropout_key: Array | None = None,
+) -> dict[str, Array]:
+    """{"logp": BxL, "entropy": BxL} in nats; the entropy is of the distribution the token came from."""
+    logp, entropy = _statistics(params, model_config, layout, temperature, dropout_key, True)
+    return {"logp": logp, "entropy": entropy}
+
+
+def scalars(
+    params: Params, model_config: ModelConfig, layout: Layout, *, dropout_key: Array | None = None
+) -> Array:
+    """value_BxL, float32, read after each token; 0 at padding."""
+    x_BxLxD = transformer.hidden(params, model_config, layout, dropout_key).astype(jnp.float32)
+    head = params["value_head"]
+    value_BxL = jnp.einsum("bld,dz->bl", x_BxLxD, head["kernel"]) + head["bias"][0]
+    return jnp.where(layout.segment_BxL > 0, value_BxL, 0.0)
+
+
+def prefill(
+    copy: Params, model_config: ModelConfig, token_BxP: Array, mask_BxP: Array, slots: int
+) -> tuple[Array, Cache]:
+    """(logits_BxV float32 after the prompts, cache). ``copy`` comes from :func:`rollout_copy`."""
+    x_BxD, cache = cache_lib.prefill(copy, model_config, token_BxP, mask_BxP, slots)
+    return _next_logits(copy, model_config, x_BxD), cache
+
+
+def decode(
+    copy: Params, model_config: ModelConfig, token_B: Array, cache: Cache
+) -> tuple[Array, Cache]:
+    """(logits_BxV float32 after one more token a row, cache)."""
+    x_BxD, cache = cache_lib.decode(copy, model_config, token_B, cache)
+    return _next_logits(copy, model_config, x_BxD), cache
+
+
+def _next_logits(copy: Params, config: ModelConfig, x_BxD: Array) -> Array:
+    return logprobs.masked_logits(x_BxD, _unembedding(copy, config), config.vocab_size)

@@ -1,0 +1,160 @@
+"""The leaf modules: norm, attention projections, MLP, block. Linen; no mask and no cache in here.
+
+A block is told what to attend to by a function ``attend(q, k, v) -> (out, carry)``, so that
+training rows, prefill and cached decoding are one block with three such functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from instructax.config import ModelConfig
+from instructax.partitioning import constrain
+
+Array = Any
+Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+
+
+def activation(name: str, x: Array) -> Array:
+    """The MLP's non-linearity; gelu_tanh = 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))."""
+    if name == "gelu_tanh":
+        return jax.nn.gelu(x, approximate=True)
+    if name == "gelu_erf":
+        return jax.nn.gelu(x, approximate=False)
+    if name == "gelu_sigmoid":
+        return x * jax.nn.sigmoid(1.702 * x)
+    if name == "swiglu":
+        return jax.nn.silu(x)
+    raise ValueError(f"activation {name!r} is not known")
+
+
+def rotate(x_BxLxHxC: Array, position_BxL: Array, theta: float, pairing: str) -> Array:
+    """Rotary embedding: pair i turns by position * theta^(-2i/C); float32 inside.
+
+    ``half`` pairs component i with i + C/2, ``interleaved`` 2i with 2i + 1.
+    """
+    width = x_BxLxHxC.shape[-1]
+    frequency_C = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    angle = position_BxL.astype(jnp.float32)[:, :, None, None] * frequency_C[None, None, None, :]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    x = x_BxLxHxC.astype(jnp.float32)
+    if pairing == "half":
+        a, b = jnp.split(x, 2, axis=-1)
+        out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    else:
+        a, b = x[..., 0::2], x[..., 1::2]
+        out = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape)
+    return out.astype(x_BxLxHxC.dtype)
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm, statistics in float32."""
+
+    kind: str
+    eps: float
+    use_bias: bool
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        width = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (width,))
+        dtype, x = x.dtype, x.astype(jnp.float32)
+        if self.kind == "layer":
+            x = x - x.mean(axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.eps)
+        x = jnp.einsum("...d,d->...d", x, scale)
+        if self.kind == "layer" and self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (width,))
+            x = x + jnp.broadcast_to(bias, x.shape)
+        return x.astype(dtype)
+
+
+class Linear(nn.Module):
+    """x . kernel + bias over the last ``contract`` axes; parameters float32, product in x's dtype."""
+
+    features: tuple[int, ...]
+    std: float
+    use_bias: bool
+    contract: int = 1
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        inputs = x.shape[x.ndim - self.contract :]
+        kernel = self.param("kernel", nn.initializers.normal(self.std), inputs + self.features)
+        axes = tuple(range(x.ndim - self.contract, x.ndim)), tuple(range(self.contract))
+        y = jax.lax.dot_general(x, kernel.astype(x.dtype), (axes, ((), ())))
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, self.features)
+            y = y + jnp.broadcast_to(bias.astype(x.dtype), y.shape)
+        return y
+
+
+class Attention(nn.Module):
+    config: ModelConfig
+    residual_std: float
+
+    @nn.compact
+    def __call__(self, x: Array, position_BxL: Array, attend: Attend) -> tuple[Array, Any]:
+        c = self.config
+        heads, groups, width = c.num_heads, c.kv_heads, c.head_width
+        q = Linear((heads, width), c.init_std, c.use_bias, name="q")(x)
+        k = Linear((groups, width), c.init_std, c.use_bias, name="k")(x)
+        v = Linear((groups, width), c.init_std, c.use_bias, name="v")(x)
+        if c.qk_norm:
+            q = Norm("rms", c.norm_eps, False, name="q_norm")(q)
+            k = Norm("rms", c.norm_eps, False, name="k_norm")(k)
+        if c.positions == "rope":
+            q = rotate(q, position_BxL, c.rope_theta, c.rope_pairing)
+            k = rotate(k, position_BxL, c.rope_theta, c.rope_pairing)
+        q = constrain(q, "batch", None, "heads", None)
+        out, carry = attend(q, k, v)
+        return Linear((c.d_model,), self.residual_std, c.use_bias, 2, name="out")(out), carry
+
+
+class Mlp(nn.Module):
+    config: ModelConfig
+    residual_std: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c = self.config
+        hidden = Linear((c.mlp_width,), c.init_std, c.use_bias, name="up")(x)
+        if c.activation == "swiglu":
+            gate = Linear((c.mlp_width,), c.init_std, c.use_bias, name="gate")(x)
+            hidden = activation(c.activation, gate) * hidden
+        else:
+            hidden = activation(c.activation, hidden)
+        hidden = constrain(hidden, "batch", None, "mlp")
+        return Linear((c.d_model,), self.residual_std, c.use_bias, name="down")(hidden)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then + mlp(norm(x)); GPT-1 normalises after each sum instead."""
+
+    config: ModelConfig
+    deterministic: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array, position_BxL: Array, attend: Attend) -> tuple[Array, Any]:
+        c = self.config
+        residual_std = c.init_std
+        if c.scale_residual_init:
+            residual_std /= (2 * c.num_layers) ** 0.5
+        attn_norm = Norm(c.norm, c.norm_eps, c.use_bias, name="attn_norm")
+        mlp_norm = Norm(c.norm, c.norm_eps, c.use_bias, name="mlp_norm")
+        attention = Attention(c, residual_std, name="attn")
+        mlp = Mlp(c, residual_std, name="mlp")
+        drop = nn.Dropout(c.dropout, deterministic=self.deterministic)
+        pre = c.norm_position == "pre"
+
+        y, carry = attention(attn_norm(x) if pre else x, position_BxL, attend)
+        x = x + drop(y)
+        x = x if pre else attn_norm(x)
+        x = x + drop(mlp(mlp_norm(x) if pre else x))
+        x = x if pre else mlp_norm(x)
+        return constrain(x, "batch", None, None), carry

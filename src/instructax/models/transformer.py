@@ -1,0 +1,108 @@
+"""The stack as a function: embeddings, a scan over periods of the layer pattern, the final norm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from instructax.batches import Layout
+from instructax.config import ModelConfig
+from instructax.models.attention import attention, visible
+from instructax.models.layers import Block, Norm
+from instructax.partitioning import constrain
+
+Array = Any
+Params = Any
+
+
+def init_trunk(key: Array, config: ModelConfig) -> Params:
+    """Embeddings, blocks stacked on a leading layer axis, final norm; float32."""
+    token_key, position_key, block_key = jax.random.split(key, 3)
+    std, width = config.init_std, config.d_model
+    embed = {"token": std * jax.random.normal(token_key, (config.padded_vocab_size, width))}
+    if config.positions == "learned":
+        # GPT-2 draws positions at half the deviation of tokens: 0.01 against 0.02.
+        shape = (config.context_length, width)
+        embed["position"] = 0.5 * std * jax.random.normal(position_key, shape)
+    block = Block(config)
+    x = jnp.zeros((1, 1, width))
+    position = jnp.zeros((1, 1), jnp.int32)
+
+    def init_block(key):
+        return block.init(key, x, position, lambda q, k, v: (q, None))["params"]
+
+    params = {
+        "embed": embed,
+        "blocks": jax.vmap(init_block)(jax.random.split(block_key, config.num_layers)),
+    }
+    if config.norm_position == "pre":
+        params["final_norm"] = _final_norm(config).init(key, x)["params"]
+    return params
+
+
+def _final_norm(config: ModelConfig) -> Norm:
+    return Norm(config.norm, config.norm_eps, config.use_bias)
+
+
+def embed(params: Params, config: ModelConfig, token_BxL: Array, position_BxL: Array) -> Array:
+    """Token plus learned position embedding, in the compute dtype."""
+    x = jnp.take(params["embed"]["token"], token_BxL, axis=0)
+    if config.positions == "learned":
+        x = x + jnp.take(params["embed"]["position"], position_BxL, axis=0)
+    return constrain(x.astype(config.compute_dtype), "batch", None, None)
+
+
+def finish(params: Params, config: ModelConfig, x: Array) -> Array:
+    """The final norm of a pre-norm stack; a post-norm stack has none."""
+    if config.norm_position == "post":
+        return x
+    return _final_norm(config).apply({"params": params["final_norm"]}, x)
+
+
+def _dropout(x: Array, rate: float, key: Array | None) -> Array:
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+
+
+def hidden(
+    params: Params, config: ModelConfig, layout: Layout, dropout_key: Array | None = None
+) -> Array:
+    """Final hidden states x_BxLxD of every slot of a layout."""
+    position_BxL = layout.position_BxL
+    x = embed(params, config, layout.token_BxL, position_BxL)
+    if dropout_key is not None:
+        x = _dropout(x, config.dropout, jax.random.fold_in(dropout_key, config.num_layers))
+    block = Block(config, deterministic=dropout_key is None or config.dropout == 0.0)
+    pattern = config.attention_pattern
+    mask_of = {
+        kind: visible(layout, config.band_width if kind == "banded" else None)
+        for kind in sorted(set(pattern))
+    }
+
+    def period(x: Array, scanned: tuple[Params, Array]) -> tuple[Array, None]:
+        params_of_period, first_layer = scanned
+        for i, kind in enumerate(pattern):
+            layer_params = jax.tree.map(lambda p, i=i: p[i], params_of_period)
+            rngs = None
+            if not block.deterministic:
+                rngs = {"dropout": jax.random.fold_in(dropout_key, first_layer + i)}
+
+            def attend(q, k, v, kind=kind):
+                return attention(q, k, v, mask_of[kind]), None
+
+            x, _ = block.apply({"params": layer_params}, x, position_BxL, attend, rngs=rngs)
+        return x, None
+
+    if config.remat == "block":
+        period = jax.checkpoint(period, prevent_cse=False)
+    periods = config.num_layers // len(pattern)
+    by_period = jax.tree.map(
+        lambda p: p.reshape((periods, len(pattern)) + p.shape[1:]), params["blocks"]
+    )
+    first_layer = jnp.arange(periods) * len(pattern)
+    x, _ = jax.lax.scan(period, x, (by_period, first_layer))
+    return finish(params, config, x)

@@ -1,0 +1,167 @@
+"""Which axis of which array lies on which axis of the mesh: the only place that knows.
+
+Two tables are data. ``RULES`` maps logical axis names to mesh axes; ``PARAMETERS`` maps the end
+of a parameter's path to its logical axes. Because only the *end* of a path is matched, Adam's
+moments and the averaged policy, whose paths contain the parameter's own, are sharded alike.
+
+The mesh axes are ``data`` (batch parallelism, parameters replicated), ``fsdp`` (batch parallelism,
+parameters sharded) and ``model`` (tensor parallelism).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "model")
+BATCH_AXES = ("data", "fsdp")
+
+# "d_model" is the model width of a kernel, "features" that of anything else: a token embedding
+# sharded over the vocabulary by one mesh axis and over the width by another makes the compiler
+# materialize it whole on every device, so there both mesh axes go to the vocabulary.
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": BATCH_AXES,
+    "length": (),
+    "layers": (),
+    "vocab": ("model", "fsdp"),
+    "position": (),
+    "features": (),
+    "d_model": ("fsdp",),
+    "heads": ("model",),
+    "kv_heads": ("model",),
+    "head_width": (),
+    "mlp": ("model",),
+    "scalar": (),
+}
+
+# (end of the path, logical axes); the parameters of all blocks are stacked on a leading axis.
+PARAMETERS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (r"embed/token", ("vocab", "features")),
+    (r"embed/position", ("position", "features")),
+    (r"blocks/(attn_norm|mlp_norm)/(scale|bias)", ("layers", "features")),
+    (r"blocks/attn/q/kernel", ("layers", "d_model", "heads", "head_width")),
+    (r"blocks/attn/q/bias", ("layers", "heads", "head_width")),
+    (r"blocks/attn/(k|v)/kernel", ("layers", "d_model", "kv_heads", "head_width")),
+    (r"blocks/attn/(k|v)/bias", ("layers", "kv_heads", "head_width")),
+    (r"blocks/attn/(q_norm|k_norm)/scale", ("layers", "head_width")),
+    (r"blocks/attn/out/kernel", ("layers", "heads", "head_width", "d_model")),
+    (r"blocks/attn/out/bias", ("layers", "features")),
+    (r"blocks/mlp/(up|gate)/kernel", ("layers", "d_model", "mlp")),
+    (r"blocks/mlp/(up|gate)/bias", ("layers", "mlp")),
+    (r"blocks/mlp/down/kernel", ("layers", "mlp", "d_model")),
+    (r"blocks/mlp/down/bias", ("layers", "features")),
+    (r"final_norm/(scale|bias)", ("features",)),
+    (r"head/kernel", ("vocab", "features")),
+    (r"value_head/kernel", ("features", "scalar")),
+    (r"value_head/bias", ("scalar",)),
+)
+
+_PATTERNS = tuple((re.compile(rf"(?:^|/){end}$"), axes) for end, axes in PARAMETERS)
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """A key path of ``jax.tree_util`` as ``a/b/0/c``, the form that the tables match."""
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+def spec(
+    name: str,
+    shape: Sequence[int],
+    logical_axes: Sequence[str | None],
+    mesh_shape: Mapping[str, int] | None = None,
+) -> PartitionSpec:
+    """The PartitionSpec of one array; None as a logical axis leaves that axis whole.
+
+    An axis of size 1 has nothing to divide and stays whole. With ``mesh_shape`` (axis name to
+    size) divisibility is checked.
+
+    Raises:
+      ValueError, naming ``name``: unknown logical axis, wrong rank, two axes that claim one mesh
+        axis, or an axis that its mesh axes do not divide.
+    """
+    if len(logical_axes) != len(shape):
+        raise ValueError(
+            f"{name}: shape {tuple(shape)} has rank {len(shape)}, but its logical axes are "
+            f"{tuple(logical_axes)}"
+        )
+    entries: list[str | tuple[str, ...] | None] = []
+    claimed: dict[str, str] = {}
+    for size, logical in zip(shape, logical_axes, strict=True):
+        if logical is not None and logical not in RULES:
+            raise ValueError(f"{name}: unknown logical axis {logical!r}, known: {sorted(RULES)}")
+        mesh_axes = () if logical is None else RULES[logical]
+        for mesh_axis in mesh_axes:
+            if mesh_axis in claimed:
+                raise ValueError(
+                    f"{name}: mesh axis {mesh_axis!r} is claimed by {claimed[mesh_axis]!r} and "
+                    f"{logical!r}"
+                )
+            claimed[mesh_axis] = str(logical)
+        if size == 1:
+            mesh_axes = ()
+        if mesh_shape is not None:
+            parts = math.prod(mesh_shape[axis] for axis in mesh_axes)
+            if size % parts:
+                raise ValueError(
+                    f"{name}: axis {logical!r} of size {size} is not divisible by {parts} "
+                    f"(mesh axes {mesh_axes})"
+                )
+        entries.append(
+            None if not mesh_axes else mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes
+        )
+    return PartitionSpec(*entries)
+
+
+def parameter_axes(path: str) -> tuple[str, ...] | None:
+    """The logical axes that ``PARAMETERS`` gives to a path, or None where no rule matches."""
+    found = [axes for pattern, axes in _PATTERNS if pattern.search(path)]
+    if len(found) > 1:
+        raise ValueError(f"{path}: matched by {len(found)} rules of PARAMETERS, must be one")
+    return found[0] if found else None
+
+
+def param_specs(abstract_tree: Any, mesh_shape: Mapping[str, int] | None = None) -> Any:
+    """A tree of PartitionSpecs for parameters, or for any state that holds copies of them.
+
+    Leaves of rank 0 (counters, keys, coefficients) are replicated.
+
+    Raises:
+      ValueError, naming the path: an array of rank > 0 that no rule of ``PARAMETERS`` matches,
+        and everything that :func:`spec` refuses.
+    """
+
+    def of_leaf(path, leaf):
+        name = path_name(path)
+        if not leaf.shape:
+            return PartitionSpec()
+        axes = parameter_axes(name)
+        if axes is None:
+            raise ValueError(
+                f"{name}: no rule of PARAMETERS matches this array of shape {leaf.shape}"
+            )
+        return spec(name, leaf.shape, axes, mesh_shape)
+
+    return jax.tree_util.tree_map_with_path(of_leaf, abstract_tree)
+
+
+def batch_spec() -> PartitionSpec:
+    """Rows over all batch-parallel devices; every other axis whole."""
+    return PartitionSpec(BATCH_AXES)
+
+
+def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
+    """Pin the sharding of an activation; does nothing where no mesh is set.
+
+    The mesh is the one of the enclosing ``jax.set_mesh``, so that models never carry it around.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(
+        x, spec("activation", x.shape, logical_axes, dict(mesh.shape))
+    )

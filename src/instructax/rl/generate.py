@@ -1,0 +1,90 @@
+"""The sampler: prefill, then one token at a time until every row is done. No model in sight.
+
+It is given two functions, so that the same loop serves any model and any cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from instructax.batches import PromptBatch, Responses
+from instructax.rl.sampling import episode_keys, sample_tokens
+
+Array = Any
+
+CUT_BY_LENGTH, ENDED_BY_EOS, ENDED_BY_STOP = 0, 1, 2
+
+
+def generate(
+    key: Array,
+    prompts: PromptBatch,
+    prefill: Callable[[Array, Array], tuple[Array, Any]],
+    decode: Callable[[Array, Any], tuple[Array, Any]],
+    *,
+    response_length: int,
+    temperature: float,
+    eos_id: int,
+    pad_id: int,
+    vocab_size: int,
+    stop_ids: tuple[int, ...] = (),
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Responses:
+    """Sample one response a prompt: y_t ~ softmax(logits_t / temperature), until EOS, a stop token or length.
+
+    Args:
+      key: one typed key; token t of episode e is drawn with fold_in(fold_in(key, e), t), so a
+        response depends on its episode alone, never on its slot, its batch or its process.
+      prompts: left-padded; every row needs at least one real token.
+      prefill: (token_BxP, mask_BxP) -> (logits_BxV, carry).
+      decode: (token_B, carry) -> (logits_BxV, carry), reading one more token a row.
+      response_length: T, the longest response; the token that ends one belongs to it.
+
+    Returns:
+      :class:`Responses`; tokens behind a response's end are ``pad_id`` and outside its mask.
+    """
+    if response_length < 1:
+        raise ValueError(f"response_length must be at least 1, got {response_length}")
+    rows = prompts.token_BxP.shape[0]
+    logits_BxV, carry = prefill(prompts.token_BxP, prompts.mask_BxP)
+    token_BxT = jnp.full((rows, response_length), pad_id, jnp.int32)
+    mask_BxT = jnp.zeros((rows, response_length), bool)
+    logp_BxT = jnp.zeros((rows, response_length), jnp.float32)
+
+    def draw(t, logits_BxV, token_BxT, mask_BxT, logp_BxT, stop_B, done_B):
+        keys_B = episode_keys(key, prompts.episode_B, t)
+        token_B, logp_B = sample_tokens(
+            keys_B, logits_BxV, temperature, top_k=top_k, top_p=top_p, valid_vocab=vocab_size
+        )
+        token_B = jnp.where(done_B, pad_id, token_B)
+        token_BxT = token_BxT.at[:, t].set(token_B)
+        mask_BxT = mask_BxT.at[:, t].set(~done_B)
+        logp_BxT = logp_BxT.at[:, t].set(jnp.where(done_B, 0.0, logp_B.astype(jnp.float32)))
+        is_eos_B = ~done_B & (token_B == eos_id)
+        is_stop_B = jnp.zeros_like(done_B)
+        for stop in stop_ids:
+            is_stop_B = is_stop_B | (~done_B & (token_B == stop))
+        stop_B = jnp.where(is_eos_B, ENDED_BY_EOS, jnp.where(is_stop_B, ENDED_BY_STOP, stop_B))
+        return token_B, token_BxT, mask_BxT, logp_BxT, stop_B, done_B | is_eos_B | is_stop_B
+
+    stop_B = jnp.full((rows,), CUT_BY_LENGTH, jnp.int32)
+    done_B = jnp.zeros((rows,), bool)
+    token_B, *written = draw(0, logits_BxV, token_BxT, mask_BxT, logp_BxT, stop_B, done_B)
+
+    def unfinished(state):
+        t, _, _, written = state
+        return (t < response_length) & ~jnp.all(written[-1])
+
+    def advance(state):
+        t, token_B, carry, written = state
+        logits_BxV, carry = decode(token_B, carry)
+        token_B, *written = draw(t, logits_BxV, *written)
+        return t + 1, token_B, carry, tuple(written)
+
+    state = (jnp.asarray(1, jnp.int32), token_B, carry, tuple(written))
+    token_BxT, mask_BxT, logp_BxT, stop_B, _ = jax.lax.while_loop(unfinished, advance, state)[-1]
+    return Responses(token_BxT, mask_BxT, logp_BxT, stop_B)

@@ -1,0 +1,1 @@
+"""Everything that touches devices, processes, files and signals; no mathematics."""

@@ -1,0 +1,100 @@
+"""The device mesh, and how batches and states come to lie on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from instructax import partitioning
+from instructax.config import MeshConfig, UserError
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh (data, fsdp, model) over all devices, with Auto axes; one device gives (1, 1, 1).
+
+    At most one axis is -1 and takes what the others leave. Raises UserError where the axes do
+    not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.model]
+    said = f"mesh data={config.data} fsdp={config.fsdp} model={config.model}"
+    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+        raise UserError(f"{said}: axes must be positive, and at most one may be -1 (inferred)")
+    if -1 in sizes:
+        known = math.prod(size for size in sizes if size != -1)
+        if len(devices) % known:
+            raise UserError(f"{said}: {known} does not divide the {len(devices)} devices present")
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices):
+        raise UserError(
+            f"{said} needs {math.prod(sizes)} devices, {len(devices)} are present; "
+            "set one axis to -1 to take them all"
+        )
+    return jax.make_mesh(
+        tuple(sizes),
+        partitioning.MESH_AXES,
+        axis_types=(AxisType.Auto,) * len(sizes),
+        devices=devices,
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over the data and fsdp axes."""
+    return NamedSharding(mesh, partitioning.batch_spec())
+
+
+def put_batch(mesh: Mesh, batch: Any) -> Any:
+    """Turn a pytree of NumPy arrays, the same *global* batch on every process, into global arrays.
+
+    Each process hands over the rows of the shards that its own devices hold. Where the model axis
+    spans processes these are not the ``process_index``-th slice, so they are read off the sharding.
+    Leaves of rank 0 are replicated.
+
+    Raises:
+      UserError: a number of rows that the data axes do not divide.
+    """
+    parts = math.prod(mesh.shape[axis] for axis in partitioning.BATCH_AXES)
+    rows_sharding, whole = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+
+    def put(path, leaf):
+        array = np.asarray(leaf)
+        if array.ndim and array.shape[0] % parts:
+            raise UserError(
+                f"a batch of {array.shape[0]} rows ({partitioning.path_name(path) or 'batch'}) "
+                f"cannot be divided over {parts} data-parallel devices; make the batch size a "
+                f"multiple of {parts} or the mesh smaller"
+            )
+        return jax.make_array_from_callback(
+            array.shape, rows_sharding if array.ndim else whole, lambda index: array[index]
+        )
+
+    return jax.tree_util.tree_map_with_path(put, batch)
+
+
+def shardings(mesh: Mesh, abstract: Any) -> Any:
+    """A tree of NamedShardings for parameters or a state that holds copies of them."""
+    specs = partitioning.param_specs(abstract, dict(mesh.shape))
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+
+def abstract_sharded(mesh: Mesh, init_fn: Callable[..., Any], *args: Any) -> Any:
+    """The ShapeDtypeStructs, with shardings, of what ``init_fn`` returns: what a restore needs."""
+    with jax.set_mesh(mesh):
+        abstract = jax.eval_shape(init_fn, *args)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract,
+        shardings(mesh, abstract),
+    )
+
+
+def init_sharded(mesh: Mesh, init_fn: Callable[..., Any], *args: Any) -> Any:
+    """Call ``init_fn`` so that its result is born sharded: no device ever holds all of it."""
+    with jax.set_mesh(mesh):
+        abstract = jax.eval_shape(init_fn, *args)
+        return jax.jit(init_fn, out_shardings=shardings(mesh, abstract))(*args)

@@ -1,0 +1,61 @@
+"""Comparisons from the run's own samples: K responses of the SFT model a prompt, ranked by labelers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from instructax.config import Config
+from instructax.stages import data
+from instructax.stages.context import Run, load_params, open_run
+from instructax.stages.sampling import Sampler
+
+NUM_RESPONSES = range(4, 10)  # K = 4..9 (InstructGPT section 3.5)
+
+
+def run(config: Config) -> None:
+    """Write ``comparisons`` and ``comparisons_validation``; half of the latter from held-out labelers."""
+    context = open_run(config)
+    train_ids, heldout_ids, rank = data.labelers(config)
+    with jax.set_mesh(context.mesh):
+        params = load_params(context, "sft", config.model, "lm")
+        for name, groups in (
+            ("comparisons", {"train": train_ids}),
+            ("comparisons_validation", {"train": train_ids, "heldout": heldout_ids}),
+        ):
+            prompts = data.records(config, name.replace("comparisons", "prompts_reward"))
+            rows = _ranked(context, params, prompts, groups, rank, name)
+            data.add_records(config, name, rows)
+            print(f"collect: {name} {len(rows)}")
+
+
+def _ranked(run: Run, params, prompts, groups: dict[str, Sequence[str]], rank, name: str):
+    sampler = Sampler(run, prompts, batch_size=run.config.evaluate.batch_size)
+    key = run.key(f"collect/{name}")
+    rounds = [
+        sampler.sample(params, jax.random.fold_in(key, k)) for k in range(NUM_RESPONSES.stop - 1)
+    ]
+    rng = np.random.default_rng([run.config.seed, len(name)])
+    kinds = sorted(groups)
+    rows = []
+    for i, record in enumerate(sampler.records):
+        samples = [samples[i] for samples in rounds[: rng.choice(NUM_RESPONSES)]]
+        texts = [s.text for s in samples]
+        done = [s.finished for s in samples]
+        # Held-out pairs are judged by one labeler of each group, so that accuracies compare alike.
+        for group in kinds:
+            labeler = str(rng.choice(groups[group]))
+            judged = rank(record, texts, done, labeler, name)
+            rows.append(
+                {
+                    **{k: v for k, v in record.items() if k not in ("labeler_id", "source")},
+                    "responses": texts,
+                    "finished": done,
+                    "labeler_id": labeler,
+                    "labeler_group": group,
+                    **judged,
+                }
+            )
+    return rows

@@ -1,0 +1,134 @@
+"""What every stage starts from: the run's folder, mesh, tokenizer, keys, and earlier stages' weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from instructax.config import Config, ModelConfig, UserError
+from instructax.data.tokenizer import Tokenizer
+from instructax.models import functional as model
+from instructax.runtime import checkpoint, mesh
+from instructax.runtime.distributed import initialize_if_needed
+
+Params = Any
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of one seed: ``run_dir/name`` and what lies in it."""
+
+    config: Config
+    folder: Path
+    mesh: Mesh
+    tokenizer: Tokenizer
+
+    def key(self, purpose: str) -> jax.Array:
+        """A key of its own for every purpose; nothing else of the run draws from it."""
+        root = jax.random.key(self.config.seed)
+        return jax.random.fold_in(root, zlib.crc32(purpose.encode()) % 2**31)
+
+    @property
+    def reward_model(self) -> ModelConfig:
+        return reward_model(self.config)
+
+
+def reward_model(config: Config) -> ModelConfig:
+    """The architecture of reward model and value network."""
+    return config.model if config.reward.model is None else config.reward.model
+
+
+def run_folder(config: Config) -> Path:
+    return Path(config.run_dir) / config.name
+
+
+def open_run(config: Config) -> Run:
+    """Start (or join) the processes, lay out the mesh, read the tokenizer."""
+    initialize_if_needed()
+    folder = run_folder(config)
+    tokenizer = Tokenizer.from_file(tokenizer_path(config))
+    for name, size in (
+        ("model.vocab_size", config.model.vocab_size),
+        ("reward.model.vocab_size", reward_model(config).vocab_size),
+    ):
+        if size != tokenizer.vocab_size:
+            raise UserError(
+                f"{name} is {size}, but the tokenizer {tokenizer_path(config)} has "
+                f"{tokenizer.vocab_size} entries; set --{name} {tokenizer.vocab_size}"
+            )
+    return Run(config, folder, mesh.make_mesh(config.mesh), tokenizer)
+
+
+def tokenizer_path(config: Config) -> Path:
+    """The given .model file, or the one that the tokenizer verb trains into the run's folder."""
+    path = Path(config.tokenizer.path or run_folder(config) / "tokenizer.model")
+    if not path.is_file():
+        raise UserError(
+            f"no tokenizer at {path}; train one with `instructax tokenizer` or give --tokenizer.path"
+        )
+    return path
+
+
+def checkpoint_meta(run: Run, model_config: ModelConfig, head: str, **more: Any) -> dict[str, Any]:
+    """What a checkpoint says about itself, so that a later stage can refuse what does not fit."""
+    return {
+        "tokenizer": run.tokenizer.hash,
+        "head": head,
+        "model": json.loads(json.dumps(dataclasses.asdict(model_config))),
+        **more,
+    }
+
+
+def abstract_params(run: Run, model_config: ModelConfig, head: str) -> Params:
+    return mesh.abstract_sharded(
+        run.mesh, lambda: model.init(jax.random.key(0), model_config, head)
+    )
+
+
+def load_params(
+    run: Run, source: str, model_config: ModelConfig, head: str, item: str = "params"
+) -> Params:
+    """Weights of an earlier stage of this run (``"sft"``), or of another run's stage folder.
+
+    Where a stage has chosen among its checkpoints (``chosen.json``), the chosen one.
+
+    Raises:
+      UserError: nothing there, another tokenizer, another head or another architecture.
+    """
+    folder = run.folder / source
+    if not folder.is_dir():
+        folder = Path(source)
+    if not (folder / "checkpoints").is_dir():
+        raise UserError(
+            f"no checkpoints of {source!r} in {run.folder}, nor at {source}; run that stage first "
+            "or name a stage's folder"
+        )
+    step = None
+    if (folder / "chosen.json").is_file():
+        step = json.loads((folder / "chosen.json").read_text("utf-8"))["step"]
+    meta = checkpoint.load_meta(folder / "checkpoints", step)
+    if meta.get("tokenizer") != run.tokenizer.hash:
+        raise UserError(
+            f"{folder} was trained with another tokenizer (hash {str(meta.get('tokenizer'))[:12]}, "
+            f"this run's is {run.tokenizer.hash[:12]}); token ids would not mean the same"
+        )
+    if meta["head"] != head:
+        raise UserError(f"{folder} holds a {meta['head']} head, a {head} head is needed")
+    return checkpoint.load_item(
+        folder / "checkpoints", item, abstract_params(run, model_config, head), step
+    )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    temporary.replace(path)

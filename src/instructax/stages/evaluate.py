@@ -1,0 +1,220 @@
+"""`instructax evaluate`: the run's policies on held-out prompts, against each other and against gold.
+
+A prompt's judge is the gold grade where the data has one, else the reward model (and the figures
+say so). Wins count 1, ties half; intervals are bootstrapped over content keys.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from instructax.config import Config
+from instructax.records import prompt_text
+from instructax.stages import data
+from instructax.stages.context import Run, load_params, open_run, write_json
+from instructax.stages.pretrain import held_out_nll
+from instructax.stages.sampling import Sample, Sampler
+
+Params = Any
+BASELINE = "sft"
+COMPONENTS = ("helpful", "truthful", "harmless", "total")
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Write ``evaluate.json`` into the run's folder and return it."""
+    context = open_run(config)
+    with jax.set_mesh(context.mesh):
+        figures = _evaluate(context)
+    write_json(context.folder / "evaluate.json", figures)
+    for name, rate in figures["winrate"].items():
+        print(f"evaluate: {name} {rate['mean']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]")
+    return figures
+
+
+def _evaluate(run: Run) -> dict[str, Any]:
+    c, config = run.config.evaluate, run.config
+    reward = load_params(run, "reward", run.reward_model, "scalar")
+    reference = load_params(run, "init", config.model, "lm")
+    sampler = Sampler(
+        run,
+        data.records(config, "prompts_evaluation"),
+        batch_size=c.batch_size,
+        temperature=c.temperature,
+    )
+    grade = data.grader(config)
+    keys = np.asarray([data.content_key(record) for record in sampler.records])
+    nll = None
+    if data.exists(config, "pretrain_validation"):
+        nll = held_out_nll(run, config.model, config.pretrain.row_length, c.batch_size)
+
+    samples: dict[str, list[Sample]] = {}
+    nll_by_topic: dict[str, dict[str, float]] = {}
+    if nll is not None and (run.folder / "pretrain").is_dir():
+        nll_by_topic["base"] = nll(load_params(run, "pretrain", config.model, "lm"))
+    for name in c.policies:
+        params = _policy(run, name)
+        samples[name] = sampler.sample(
+            params, run.key(f"evaluate/{name}"), reward=reward, reference=reference
+        )
+        if nll is not None:
+            nll_by_topic[name] = nll(params)
+    if c.best_of > 1:
+        params = _policy(run, BASELINE)
+        samples["best_of_n"] = _best_of(run, sampler, params, reward, reference, c.best_of)
+
+    gold = {name: _gold(grade, sampler.records, s) for name, s in samples.items()} if grade else {}
+    judged = {
+        name: np.asarray(gold[name]["total"] if gold else [s.score for s in rows])
+        for name, rows in samples.items()
+    }
+    return {
+        "judge": "gold" if gold else "reward model",
+        "weights_judged": "ema" if c.use_ema else "raw",
+        "prompts": len(sampler.records),
+        "prompts_left_out": sampler.dropped,
+        "winrate": _winrates(judged, samples, keys, c.bootstrap, config.seed),
+        "gold": {name: {k: float(v.mean()) for k, v in g.items()} for name, g in gold.items()}
+        | _demonstration_gold(config, grade),
+        "by_kind": {name: _by_kind(sampler.records, values) for name, values in judged.items()},
+        "kl": {name: float(np.mean([s.kl for s in rows])) for name, rows in samples.items()},
+        "score": {name: float(np.mean([s.score for s in rows])) for name, rows in samples.items()},
+        "length": {name: float(np.mean([s.tokens for s in rows])) for name, rows in samples.items()},
+        "finished": {
+            name: float(np.mean([s.finished for s in rows])) for name, rows in samples.items()
+        },
+        "nll_by_topic": nll_by_topic,
+        "pairs": {
+            name: _paired(judged[name], judged[BASELINE], keys)
+            for name in judged
+            if name != BASELINE and BASELINE in judged
+        },
+        "samples": _side_by_side(sampler.records, samples, gold),
+    }
+
+
+def _policy(run: Run, name: str) -> Params:
+    """The weights that are judged: a PPO arm's average or its raw parameters."""
+    is_arm = (run.folder / name / "checkpoints").is_dir() and name not in ("sft", "init", "pretrain")
+    item = "ema" if is_arm and run.config.evaluate.use_ema else "params"
+    return load_params(run, name, run.config.model, "lm", item=item)
+
+
+def _best_of(run: Run, sampler: Sampler, params, reward, reference, n: int) -> list[Sample]:
+    """The highest-scoring of n samples a prompt: the baseline without RL."""
+    best: list[Sample] = []
+    key = run.key("evaluate/best_of_n")
+    for k in range(n):
+        drawn = sampler.sample(
+            params, jax.random.fold_in(key, k), reward=reward, reference=reference
+        )
+        best = drawn if not best else [
+            b if b.score >= d.score else d for b, d in zip(best, drawn, strict=True)
+        ]  # fmt: skip
+    return best
+
+
+def _gold(grade, records, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
+    grades = [grade(r, s.text, s.finished) for r, s in zip(records, samples, strict=True)]
+    return {name: np.asarray([g[name] for g in grades]) for name in COMPONENTS}
+
+
+def _demonstration_gold(config: Config, grade) -> dict[str, dict[str, float]]:
+    """Gold of the held-out demonstrations themselves: what SFT imitates."""
+    if grade is None:
+        return {}
+    rows = data.records(config, "demonstrations_validation")
+    grades = [grade(row, row["response"], True) for row in rows]
+    return {
+        "demonstrations": {
+            name: float(np.mean([g[name] for g in grades])) for name in COMPONENTS
+        }
+    }
+
+
+def _winrates(judged, samples, keys, resamples: int, seed: int) -> dict[str, dict[str, float]]:
+    if BASELINE not in judged:
+        return {}
+    rates = {}
+    for name, values in judged.items():
+        if name == BASELINE:
+            continue
+        won = wins(values, judged[BASELINE])
+        rates[f"{name}_vs_{BASELINE}"] = interval(won, keys, resamples, seed)
+        near = length_matched(samples[name], samples[BASELINE])
+        if near.any():
+            rates[f"{name}_vs_{BASELINE}_length_matched"] = interval(
+                won[near], keys[near], resamples, seed
+            )
+    return rates
+
+
+def wins(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """1 where a beats b, one half where they tie."""
+    return (a > b) + 0.5 * (a == b)
+
+
+def length_matched(a: Sequence[Sample], b: Sequence[Sample], within: int = 1) -> np.ndarray:
+    """Prompts whose two responses differ by at most ``within`` tokens."""
+    return np.asarray([abs(x.tokens - y.tokens) <= within for x, y in zip(a, b, strict=True)])
+
+
+def interval(won: np.ndarray, keys: np.ndarray, resamples: int, seed: int) -> dict[str, float]:
+    """Mean and 95% interval by bootstrap over content keys: prompts of one content fall together."""
+    names, group = np.unique(keys, return_inverse=True)
+    total = np.bincount(group, won, len(names))
+    count = np.bincount(group, minlength=len(names))
+    drawn = np.random.default_rng([seed, 7]).integers(0, len(names), (resamples, len(names)))
+    means = total[drawn].sum(axis=1) / count[drawn].sum(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return {"mean": float(won.mean()), "low": float(low), "high": float(high), "n": int(won.size)}
+
+
+def _paired(a: np.ndarray, b: np.ndarray, keys: np.ndarray) -> dict[str, list]:
+    """Wins by content key, so that intervals over seeds can be drawn later without the samples."""
+    won = wins(a, b)
+    names, group = np.unique(keys, return_inverse=True)
+    return {
+        "keys": names.tolist(),
+        "won": np.bincount(group, won, len(names)).tolist(),
+        "n": np.bincount(group, minlength=len(names)).tolist(),
+    }
+
+
+def _by_kind(records, values: np.ndarray) -> dict[str, dict[str, float]]:
+    of_kind: dict[str, list[float]] = defaultdict(list)
+    for record, value in zip(records, values, strict=True):
+        of_kind[str(record.get("kind", "all"))].append(float(value))
+    return {
+        kind: {"mean": float(np.mean(v)), "sd": float(np.std(v)), "n": len(v)}
+        for kind, v in sorted(of_kind.items())
+    }
+
+
+def _side_by_side(records, samples: Mapping[str, Sequence[Sample]], gold, per_kind: int = 3):
+    """A few prompts of each kind, the first ones, with every policy's response."""
+    shown: dict[str, int] = defaultdict(int)
+    rows = []
+    for i, record in enumerate(records):
+        kind = str(record.get("kind", "all"))
+        shown[kind] += 1
+        if shown[kind] > per_kind:
+            continue
+        responses = {}
+        for name, drawn in samples.items():
+            responses[name] = {"text": drawn[i].text, "score": drawn[i].score}
+            if name in gold:
+                responses[name]["gold"] = {k: float(v[i]) for k, v in gold[name].items()}
+        rows.append(
+            {
+                "id": str(record.get("id", i)),
+                "prompt": prompt_text(record),
+                "kind": kind,
+                "responses": responses,
+            }
+        )
+    return rows

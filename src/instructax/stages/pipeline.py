@@ -1,0 +1,166 @@
+"""`instructax run`: the whole recipe, stage after stage, seed after seed; then figures and report."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from instructax.config import Config, replace
+from instructax.report import page
+from instructax.resolve import apply_arm
+from instructax.runtime.environment import enable_compile_cache, peak_rss_bytes
+from instructax.runtime.folder import open_run as open_folder
+from instructax.stages import collect, data, evaluate, ppo, pretrain, reward, sft, tokenizer
+from instructax.stages.context import run_folder, write_json
+
+
+def run(config: Config) -> None:
+    """Every stage goes on from where it was, so the same command continues a run cut short."""
+    folder = run_folder(config)
+    open_folder(folder, config, stage="run")
+    enable_compile_cache(Path(config.run_dir) / ".compile_cache")
+    clock = _Clock(folder / "seconds.json")
+    with clock:
+        if not (folder / "data" / "curation.json").is_file():
+            data.run(config)
+        if not config.tokenizer.path:
+            tokenizer.run(config)
+            model_file = str(folder / "tokenizer.model")
+            config = replace(config, tokenizer=replace(config.tokenizer, path=model_file))
+        for seed in range(config.seed, config.seed + config.seeds):
+            _one_seed(replace(config, name=f"{config.name}/seed{seed}", seed=seed))
+    seeds = [config.seed + i for i in range(config.seeds)]
+    write_json(folder / "summary.json", summarise(config, seeds, clock.seconds))
+    print(f"report: {page.write_report(folder)}")
+
+
+def _one_seed(config: Config) -> None:
+    """InstructGPT figure 2: demonstrations, comparisons, reinforcement learning."""
+    folder = run_folder(config)
+    if (folder / "evaluate.json").is_file():
+        return
+    pretrain.run(config)
+    sft.run(config)
+    if not _has_comparisons(config):
+        collect.run(config)
+    reward.run(config)
+    sft.select(config)
+    sft.run(config, init=True)
+    for arm in config.arms:
+        ppo.run(apply_arm(config, arm), arm.name)
+    evaluate.run(config)
+
+
+def _has_comparisons(config: Config) -> bool:
+    return data.exists(config, "comparisons")
+
+
+class _Clock:
+    """Seconds of work on a run, over all its continuations."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self.seconds = json.loads(path.read_text("utf-8")) if path.is_file() else 0.0
+
+    def __enter__(self) -> _Clock:
+        self._start = time.monotonic()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.monotonic() - self._start
+        write_json(self._path, self.seconds)
+
+
+def summarise(config: Config, seeds: list[int], seconds: float) -> dict[str, Any]:
+    """The figures of the report, nested, over the run's seeds."""
+    folder = run_folder(config)
+    runs = [folder / f"seed{seed}" for seed in seeds]
+    figures = [json.loads((run / "evaluate.json").read_text("utf-8")) for run in runs]
+    rewards = [json.loads((run / "reward/validation.json").read_text("utf-8")) for run in runs]
+    summary: dict[str, Any] = {
+        "seconds": seconds,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "seeds": seeds,
+        "judge": figures[0]["judge"],
+        "weights_judged": figures[0]["weights_judged"],
+        "prompts": figures[0]["prompts"],
+        "labelers": {"agreement": _mean(r.get("agreement") for r in rewards)},
+        "reward": _reward_figures(rewards),
+        "winrate": {
+            f"{name}_vs_{evaluate.BASELINE}": _over_seeds(
+                [f["pairs"][name] for f in figures], config.evaluate.bootstrap, config.seed
+            )
+            for name in figures[0]["pairs"]
+        },
+        "winrate_by_seed": {
+            name: [f["winrate"][name] for f in figures] for name in figures[0]["winrate"]
+        },
+        "pretrain_nll": _means(
+            [{n: t["all"] for n, t in f["nll_by_topic"].items()} for f in figures]
+        ),
+        "gold": {
+            name: _means([f["gold"][name] for f in figures]) for name in figures[0]["gold"]
+        },
+        "kl": _means([f["kl"] for f in figures]),
+        "length": _means([f["length"] for f in figures]),
+        "by_kind_gap": _kind_gaps(figures),
+    }
+    return summary
+
+
+def _reward_figures(rewards: list[dict[str, Any]]) -> dict[str, Any]:
+    groups = [r["accuracy_by_group"] for r in rewards]
+    return {
+        "accuracy": _mean(r["accuracy"] for r in rewards),
+        "accuracy_train_labelers": _mean(g.get("train") for g in groups),
+        "accuracy_heldout": _mean(g.get("heldout") for g in groups),
+        "ceiling": _mean(r.get("ceiling") for r in rewards),
+        "accuracy_gold": _mean(r.get("accuracy_gold") for r in rewards),
+        "demonstrations": _mean(r["demonstrations"] for r in rewards),
+    }
+
+
+def _mean(values) -> float | None:
+    found = [value for value in values if value is not None]
+    return float(np.mean(found)) if found else None
+
+
+def _means(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+
+
+def _over_seeds(pairs: list[dict[str, list]], resamples: int, seed: int) -> dict[str, float]:
+    """Mean and 95% interval by bootstrap over seeds and, within them, over content keys."""
+    rng = np.random.default_rng([seed, 11])
+    won = [np.asarray(p["won"], float) for p in pairs]
+    count = [np.asarray(p["n"], float) for p in pairs]
+    means = []
+    for _ in range(resamples):
+        total = number = 0.0
+        for s in rng.integers(0, len(pairs), len(pairs)):
+            drawn = rng.integers(0, won[s].size, won[s].size)
+            total, number = total + won[s][drawn].sum(), number + count[s][drawn].sum()
+        means.append(total / number)
+    low, high = np.quantile(means, [0.025, 0.975])
+    mean = np.mean([w.sum() / n.sum() for w, n in zip(won, count, strict=True)])
+    return {"mean": float(mean), "low": float(low), "high": float(high)}
+
+
+def _kind_gaps(figures: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """(mean of the arm - mean of SFT) / SFT's standard deviation, by kind; negative is a loss."""
+    gaps: dict[str, dict[str, float]] = {}
+    for name in figures[0]["by_kind"]:
+        if name == evaluate.BASELINE:
+            continue
+        gaps[name] = {}
+        for kind in figures[0]["by_kind"][name]:
+            of_seed = []
+            for f in figures:
+                arm, base = f["by_kind"][name][kind], f["by_kind"][evaluate.BASELINE][kind]
+                of_seed.append((arm["mean"] - base["mean"]) / max(base["sd"], 1e-9))
+            gaps[name][kind] = float(np.mean(of_seed))
+    return gaps

@@ -1,0 +1,196 @@
+"""`instructax reward`: the SFT model with a scalar head, trained on K-way rankings."""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from instructax.config import Config
+from instructax.data import comparisons
+from instructax.data.pipeline import derive_seed
+from instructax.losses.ranking import ranked_pairs
+from instructax.models import functional as model
+from instructax.runtime import mesh
+from instructax.stages import data
+from instructax.stages.context import Run, load_params, open_run, write_json
+from instructax.stages.training import train
+from instructax.steps.optimizer import learning_rate, make_optimizer
+from instructax.steps.reward import reward_step, scores
+
+Params = Any
+
+
+def run(config: Config) -> None:
+    context = open_run(config)
+    c, model_config = config.reward, context.reward_model
+    stream = _stream(context, "comparisons", seed=derive_seed(config.seed, "reward"))
+    total = sum(stream.steps_per_epoch(epoch) for epoch in range(c.epochs))
+    optimizer = make_optimizer(c.optimizer, total)
+    rate = learning_rate(c.optimizer, total)
+    dropout_key = context.key("reward/dropout") if c.dropout != 0.0 else None
+    evaluate = Evaluator(context)
+
+    def step(state, batch):
+        new, metrics = reward_step(
+            state,
+            batch,
+            dropout_key,
+            model_config=model_config,
+            optimizer=optimizer,
+            loss=c.loss,
+        )
+        return new, metrics | {"lr": rate(state.step)}
+
+    def start() -> Params:
+        lm = load_params(context, c.init_from or "sft", model_config, "lm")
+        return jax.jit(model.replace_head, static_argnums=2)(
+            context.key("reward/head"), lm, model_config
+        )
+
+    def centred(params: Params) -> Params:
+        """Demonstrations average 0; the shift lives in the head's bias, so every user inherits it."""
+        if not c.center_on_demonstrations:
+            return params
+        return model.shift_scalars(params, -_demonstration_mean(context, params))
+
+    marks = {max(1, total * i // 10) for i in range(1, 11)}
+    params = train(
+        context,
+        "reward",
+        model_config=model_config,
+        head="scalar",
+        start_params=start,
+        optimizer=optimizer,
+        step=step,
+        batches=stream,
+        total_steps=total,
+        checkpoint_at=tuple(sorted(marks)),
+        evaluate=lambda params: {"eval/accuracy": evaluate(params)["accuracy"]},
+        evaluate_at=lambda done: done in marks,
+        finish=centred,
+        show=("loss/loss", "loss/accuracy", "eval/accuracy"),
+    )
+    with jax.set_mesh(context.mesh):
+        figures = evaluate(params) | {"demonstrations": _demonstration_mean(context, params)}
+    write_json(context.folder / "reward" / "validation.json", figures)
+    print(f"reward: accuracy {figures['accuracy']:.3f} on {figures['pairs']} held-out pairs")
+
+
+def _examples(run: Run, records):
+    config = run.config
+    return comparisons.tokenise(
+        records,
+        run.tokenizer,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        max_length=run.reward_model.context_length,
+        chat_template=config.data.chat_template,
+    )
+
+
+def _stream(run: Run, name: str, *, seed: int, rows: int | None = None):
+    c = run.config.reward
+    examples = _examples(run, data.records(run.config, name))
+    if any(examples.dropped.values()):
+        print(f"reward: {len(examples)} comparisons, left out: {examples.dropped}")
+    return comparisons.stream(
+        examples,
+        batch_size=c.batch_size,
+        row_length=c.row_length,
+        max_responses=c.max_responses,
+        rows=rows,
+        seed=seed,
+    )
+
+
+class Evaluator:
+    """params -> accuracy over held-out pairs: overall, by K, by labeler group, and calibration."""
+
+    def __init__(self, run: Run):
+        self._records = data.records(run.config, "comparisons_validation")
+        stream = _stream(run, "comparisons_validation", seed=0)
+        in_order = stream.in_order()
+        self._batches = [
+            (mesh.put_batch(run.mesh, in_order[i]), in_order.record_indices(i))
+            for i in range(len(in_order))
+        ]
+
+        def pairs(params, batch):
+            score_NxK = scores(params, run.reward_model, batch)
+            return ranked_pairs(score_NxK, batch.rank_NxK, batch.valid_NxK)
+
+        self._pairs = jax.jit(pairs)
+
+    def __call__(self, params: Params) -> dict[str, Any]:
+        probabilities: list[float] = []
+        by_k: dict[int, list[float]] = defaultdict(list)
+        by_group: dict[str, list[float]] = defaultdict(list)
+        for batch, indices in self._batches:
+            p_NxKxK, preferred_NxKxK = jax.device_get(self._pairs(params, batch))
+            for n, i in enumerate(indices):
+                record: Mapping[str, Any] = self._records[i]
+                p = p_NxKxK[n][preferred_NxKxK[n]].tolist()
+                probabilities += p
+                by_k[len(record["responses"])] += p
+                by_group[str(record.get("labeler_group", "all"))] += p
+        return {
+            "accuracy": accuracy(probabilities),
+            "pairs": len(probabilities),
+            "accuracy_by_k": {str(k): accuracy(p) for k, p in sorted(by_k.items())},
+            "accuracy_by_group": {g: accuracy(p) for g, p in sorted(by_group.items())},
+            "calibration": calibration(probabilities),
+        }
+
+
+def accuracy(winner_p: list[float]) -> float:
+    """Share of pairs whose preferred response scores higher; equal scores count half."""
+    p = np.asarray(winner_p)
+    return float(np.mean((p > 0.5) + 0.5 * (p == 0.5))) if p.size else float("nan")
+
+
+def calibration(winner_p: list[float], bins: int = 10) -> list[dict[str, float]]:
+    """How often the response that the model prefers with confidence p in [.5, 1] is the preferred one."""
+    p = np.asarray(winner_p)
+    confidence = np.maximum(p, 1 - p)
+    which = np.minimum((confidence - 0.5) * 2 * bins, bins - 1).astype(int)
+    rows = []
+    for b in range(bins):
+        inside = which == b
+        if inside.any():
+            right = (p[inside] > 0.5) + 0.5 * (p[inside] == 0.5)
+            rows.append(
+                {
+                    "p": float(confidence[inside].mean()),
+                    "frequency": float(right.mean()),
+                    "n": int(inside.sum()),
+                }
+            )
+    return rows
+
+
+def _demonstration_mean(run: Run, params: Params) -> float:
+    """Mean score of the training demonstrations, each read at its EOS."""
+    as_rankings = [
+        {k: record[k] for k in ("prompt", "messages") if k in record}
+        | {"responses": [record["response"]], "ranks": [0]}
+        for record in data.records(run.config, "demonstrations")
+    ]
+    examples = _examples(run, as_rankings)
+    stream = comparisons.stream(
+        examples,
+        batch_size=run.config.reward.batch_size,
+        row_length=run.config.reward.row_length,
+        max_responses=1,
+        seed=0,
+    )
+    score = jax.jit(functools.partial(scores, model_config=run.reward_model))
+    total, count = 0.0, 0
+    for host in stream.in_order():
+        score_NxK = jax.device_get(score(params, batch=mesh.put_batch(run.mesh, host)))
+        total += float(score_NxK[host.valid_NxK].sum())
+        count += int(host.valid_NxK.sum())
+    return total / count

@@ -1,0 +1,166 @@
+"""Sampling and scoring outside the PPO loop: candidates, comparisons, evaluation, best-of-n."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from instructax.batches import PromptBatch, Responses
+from instructax.config import UserError
+from instructax.data import prompts as prompt_data
+from instructax.models import functional as model
+from instructax.rl.generate import CUT_BY_LENGTH
+from instructax.runtime import mesh
+from instructax.stages.context import Run
+from instructax.steps.rollout import episode_layout, response_scores, sample_responses
+
+Params = Any
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response to one prompt; ``prompt`` is its index in the sampler's records."""
+
+    prompt: int
+    text: str
+    finished: bool
+    stop: int
+    tokens: int
+    score: float | None = None
+    logp: float | None = None
+    kl: float | None = None
+
+
+class Sampler:
+    """Jitted sampling and scoring of a fixed list of prompt records, reused across parameters.
+
+    Holds no parameters. Prompts over the run's length limit are left out and counted in ``dropped``.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        records: Sequence[Record],
+        *,
+        batch_size: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+    ):
+        config, self._run = run.config, run
+        examples = prompt_data.tokenise(
+            list(records),
+            run.tokenizer,
+            max_prompt_tokens=min(config.data.max_prompt_tokens, config.ppo.prompt_length),
+            chat_template=config.data.chat_template,
+        )
+        self.dropped = examples.dropped
+        self.records = [records[i] for i in examples.record_index_n]
+        stream = prompt_data.stream(
+            examples, batch_size=batch_size, prompt_length=config.ppo.prompt_length, seed=0
+        )
+        self._batches = [_keep_rows_real(batch) for batch in stream.in_order()]
+        self._sample = jax.jit(
+            functools.partial(
+                sample_responses,
+                model_config=config.model,
+                response_length=config.ppo.response_length,
+                temperature=temperature,
+                eos_id=run.tokenizer.eos_id,
+                pad_id=run.tokenizer.pad_id,
+                stop_ids=stop_ids(run),
+                top_k=top_k,
+                top_p=top_p,
+            )
+        )
+        self._score = jax.jit(self._scores)
+        self._logps = jax.jit(self._sequence_logps)
+
+    def _scores(self, reward: Params, prompts: PromptBatch, responses: Responses):
+        return response_scores(
+            reward,
+            self._run.reward_model,
+            prompts,
+            responses,
+            eos_id=self._run.tokenizer.eos_id,
+        )
+
+    def _sequence_logps(self, params: Params, prompts: PromptBatch, responses: Responses):
+        """log p(response | prompt) in nats, at the run's PPO temperature."""
+        layout, mask_BxL = episode_layout(prompts, responses)
+        logp_BxL = model.token_logprobs(
+            params, self._run.config.model, layout, temperature=self._run.config.ppo.temperature
+        )
+        return jax.numpy.where(mask_BxL, logp_BxL, 0.0).sum(axis=1)
+
+    def sample(
+        self,
+        params: Params,
+        key: jax.Array,
+        *,
+        reward: Params | None = None,
+        reference: Params | None = None,
+    ) -> list[Sample]:
+        """One response a prompt, in order. ``reward`` adds scores, ``reference`` log-ratios."""
+        found: list[Sample] = []
+        for prompts, real in self._batches:
+            batch = mesh.put_batch(self._run.mesh, prompts)
+            responses = self._sample(params, key, batch)
+            extra = {}
+            if reward is not None:
+                extra["score"] = self._score(reward, batch, responses)
+            if reference is not None:
+                extra["logp"] = self._logps(params, batch, responses)
+                extra["kl"] = extra["logp"] - self._logps(reference, batch, responses)
+            responses, extra = jax.device_get((responses, extra))
+            for row in np.flatnonzero(real):
+                found.append(
+                    Sample(
+                        prompt=len(found),
+                        text=decode(self._run, responses, row),
+                        finished=bool(responses.stop_B[row] != CUT_BY_LENGTH),
+                        stop=int(responses.stop_B[row]),
+                        tokens=int(responses.mask_BxT[row].sum()),
+                        **{name: float(value[row]) for name, value in extra.items()},
+                    )
+                )
+        return found
+
+
+def _keep_rows_real(batch: PromptBatch) -> tuple[PromptBatch, np.ndarray]:
+    """A batch whose padding rows repeat row 0 (the sampler needs a token in every row), and which are real."""
+    real = batch.episode_B >= 0
+    token, mask, episode = batch.token_BxP.copy(), batch.mask_BxP.copy(), batch.episode_B.copy()
+    token[~real], mask[~real], episode[~real] = token[0], mask[0], episode[0]
+    return PromptBatch(token, mask, episode), real
+
+
+def stop_ids(run: Run) -> tuple[int, ...]:
+    """The ids of ``ppo.stop_texts``, each of which must be one token."""
+    found = []
+    for text in run.config.ppo.stop_texts:
+        ids = run.tokenizer.encode(text)
+        if len(ids) != 1:
+            raise UserError(f"ppo.stop_texts: {text!r} is {len(ids)} tokens, must be one")
+        found.append(ids[0])
+    return tuple(found)
+
+
+def decode(run: Run, responses: Responses, row: int) -> str:
+    """The response's text, without the EOS or stop token that ended it."""
+    ids = responses.token_BxT[row][responses.mask_BxT[row]]
+    if responses.stop_B[row] != CUT_BY_LENGTH:
+        ids = ids[:-1]
+    return run.tokenizer.decode(ids)
+
+
+def mean_reward(sampler: Sampler, params: Params, reward: Params, key: jax.Array) -> float:
+    """Mean score of one sample a prompt."""
+    samples = sampler.sample(params, key, reward=reward)
+    return float(np.mean([sample.score for sample in samples]))

@@ -1,0 +1,167 @@
+"""`instructax sft` and `instructax init`: demonstrations, with or without a share of pretraining text."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from instructax.config import Config, ModelConfig, SftConfig
+from instructax.data import demonstrations, pretraining
+from instructax.data.pipeline import derive_seed, mix_lm
+from instructax.runtime import checkpoint, mesh
+from instructax.stages import data
+from instructax.stages.context import Run, abstract_params, load_params, open_run, write_json
+from instructax.stages.sampling import Sampler, mean_reward
+from instructax.stages.training import train
+from instructax.steps.optimizer import learning_rate, make_optimizer
+from instructax.steps.sft import lm_loss, lm_step
+
+Params = Any
+
+
+def run(config: Config, init: bool = False) -> None:
+    """Fine-tune; every epoch's checkpoint is a candidate. ``init`` is the RL init's own recipe."""
+    stage = "init" if init else "sft"
+    context = open_run(config)
+    c = config.init if init else config.sft
+    stream = _batches(context, c, stage)
+    ends = tuple(np.cumsum([stream.steps_per_epoch(e) for e in range(c.epochs)]).tolist())
+    optimizer = make_optimizer(c.optimizer, ends[-1])
+    rate = learning_rate(c.optimizer, ends[-1])
+    model_config = dataclasses.replace(config.model, dropout=c.dropout)
+    dropout_key = context.key(f"{stage}/dropout") if c.dropout != 0.0 else None
+    evaluate = _validation_nll(context, c, model_config)
+
+    def step(state, batch):
+        new, metrics = lm_step(
+            state, batch, dropout_key, model_config=model_config, optimizer=optimizer
+        )
+        return new, metrics | {"lr": rate(state.step)}
+
+    train(
+        context,
+        stage,
+        model_config=model_config,
+        head="lm",
+        start_params=functools.partial(
+            load_params, context, c.init_from or "pretrain", config.model, "lm"
+        ),
+        optimizer=optimizer,
+        step=step,
+        batches=stream,
+        total_steps=ends[-1],
+        checkpoint_at=ends,
+        keep_all=c.select_by != "last",
+        evaluate=lambda params: {"eval/nll": evaluate(params)},
+        evaluate_at=lambda done: done in ends,
+        show=("loss/nll", "eval/nll"),
+    )
+    if c.select_by != "last":
+        select(config, stage)
+
+
+def _batches(run: Run, c: SftConfig, stage: str):
+    config = run.config
+    examples = demonstrations.tokenise(
+        data.records(config, "demonstrations"),
+        run.tokenizer,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        max_length=min(c.row_length, config.model.context_length),
+        chat_template=config.data.chat_template,
+    )
+    if any(examples.dropped.values()):
+        print(f"{stage}: {len(examples)} demonstrations, left out: {examples.dropped}")
+    stream = demonstrations.stream(
+        examples,
+        batch_size=c.batch_size,
+        row_length=c.row_length,
+        packed=c.packed,
+        seed=derive_seed(config.seed, stage),
+        prompt_loss_weight=c.prompt_loss_weight,
+    )
+    if c.pretrain_mix == 0.0:
+        return stream
+    text = pretraining.stream(
+        pretraining.tokenise(data.records(config, "pretrain"), run.tokenizer),
+        batch_size=c.batch_size,
+        row_length=c.row_length,
+        seed=derive_seed(config.seed, f"{stage}/pretrain"),
+        # Rows may be longer than a context: documents keep to themselves, so positions stay short.
+        cross_document_mask=c.row_length > config.model.context_length,
+    )
+    return mix_lm(stream, text, c.pretrain_mix)
+
+
+def _validation_nll(run: Run, c: SftConfig, model_config: ModelConfig):
+    examples = demonstrations.tokenise(
+        data.records(run.config, "demonstrations_validation"),
+        run.tokenizer,
+        max_prompt_tokens=run.config.data.max_prompt_tokens,
+        max_length=min(c.row_length, model_config.context_length),
+        chat_template=run.config.data.chat_template,
+    )
+    stream = demonstrations.stream(
+        examples, batch_size=c.batch_size, row_length=c.row_length, packed=c.packed, seed=0
+    )
+    batches = [mesh.put_batch(run.mesh, batch) for batch in stream.in_order()]
+    measured = jax.jit(lambda params, batch: lm_loss(params, model_config, batch)[1])
+
+    def evaluate(params: Params) -> float:
+        results = jax.device_get([measured(params, batch) for batch in batches])
+        tokens = sum(float(r["tokens"]) for r in results)
+        return sum(float(r["nll"]) * float(r["tokens"]) for r in results) / tokens
+
+    return evaluate
+
+
+def select(config: Config, stage: str = "sft") -> Mapping[str, Any]:
+    """Choose among the epochs' checkpoints and write ``chosen.json`` and ``candidates.json``.
+
+    By the mean reward-model score of one sample for each validation prompt (InstructGPT section
+    3.5) where the run has a reward model, else by validation loss.
+    """
+    context = open_run(config)
+    c = config.init if stage == "init" else config.sft
+    folder = context.folder / stage
+    nll = _validation_losses(folder / "metrics.jsonl")
+    candidates = [
+        {"epoch": epoch, "step": step, "nll": nll[step]}
+        for epoch, step in enumerate(sorted(nll), start=1)
+    ]
+    has_reward = (context.folder / "reward" / "checkpoints").is_dir()
+    by = c.select_by
+    if by == "auto":
+        by = "reward" if has_reward else "loss"
+    if by == "reward":
+        with jax.set_mesh(context.mesh):
+            _score_candidates(context, folder, candidates)
+        chosen = max(candidates, key=lambda candidate: candidate["reward"])
+    else:
+        chosen = min(candidates, key=lambda candidate: candidate["nll"])
+    write_json(folder / "candidates.json", candidates)
+    write_json(folder / "chosen.json", chosen | {"by": by})
+    print(f"{stage}: epoch {chosen['epoch']} of {len(candidates)} chosen by {by}")
+    return chosen
+
+
+def _validation_losses(path) -> dict[int, float]:
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return {row["step"]: row["eval/nll"] for row in rows if "eval/nll" in row}
+
+
+def _score_candidates(run: Run, folder, candidates: list[dict[str, Any]]) -> None:
+    prompts = data.records(run.config, "prompts_validation")
+    sampler = Sampler(run, prompts, batch_size=run.config.evaluate.batch_size)
+    reward = load_params(run, "reward", run.reward_model, "scalar")
+    abstract = abstract_params(run, run.config.model, "lm")
+    for candidate in candidates:
+        params = checkpoint.load_item(
+            folder / "checkpoints", "params", abstract, candidate["step"]
+        )
+        candidate["reward"] = mean_reward(sampler, params, reward, run.key("select"))

@@ -1,0 +1,195 @@
+"""An iteration's first two programs: sample responses, then score them into a frozen Rollout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from instructax import masking
+from instructax.batches import (
+    Layout,
+    PromptBatch,
+    Responses,
+    Rollout,
+    padded_layout,
+    predecessor,
+)
+from instructax.config import ModelConfig, PpoConfig
+from instructax.models import functional as model
+from instructax.rl.gae import generalized_advantage
+from instructax.rl.generate import CUT_BY_LENGTH, ENDED_BY_STOP, generate
+from instructax.rl.kl import per_token_kl
+from instructax.rl.rewards import apply_missing_eos, shaped_reward
+
+Array = Any
+Params = Any
+
+
+def sample_responses(
+    params: Params,
+    key: Array,
+    prompts: PromptBatch,
+    *,
+    model_config: ModelConfig,
+    response_length: int,
+    temperature: float,
+    eos_id: int,
+    pad_id: int,
+    stop_ids: tuple[int, ...] = (),
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Responses:
+    """One response a prompt from the policy, by cached decoding with the rollout copy."""
+    copy = model.rollout_copy(params, model_config)
+    slots = prompts.token_BxP.shape[1] + response_length
+
+    def prefill(token_BxP, mask_BxP):
+        return model.prefill(copy, model_config, token_BxP, mask_BxP, slots)
+
+    def decode(token_B, cache):
+        return model.decode(copy, model_config, token_B, cache)
+
+    return generate(
+        key,
+        prompts,
+        prefill,
+        decode,
+        response_length=response_length,
+        temperature=temperature,
+        eos_id=eos_id,
+        pad_id=pad_id,
+        vocab_size=model_config.vocab_size,
+        stop_ids=stop_ids,
+        top_k=top_k,
+        top_p=top_p,
+    )
+
+
+def episode_layout(prompts: PromptBatch, responses: Responses) -> tuple[Layout, Array]:
+    """(layout of prompt + response rows, mask_BxL of the response tokens)."""
+    token_BxL = jnp.concatenate([prompts.token_BxP, responses.token_BxT], axis=1)
+    real_BxL = jnp.concatenate([prompts.mask_BxP, responses.mask_BxT], axis=1)
+    response_BxL = jnp.concatenate(
+        [jnp.zeros_like(prompts.mask_BxP), responses.mask_BxT], axis=1
+    )
+    return padded_layout(token_BxL, real_BxL), response_BxL
+
+
+def response_scores(
+    params: Params,
+    model_config: ModelConfig,
+    prompts: PromptBatch,
+    responses: Responses,
+    *,
+    eos_id: int,
+) -> Array:
+    """score_B of the reward model, read at the last real response token (trap T3).
+
+    A finished response ends in EOS, in reward training and here alike: where another stop token
+    ended it, the reward model reads EOS in that token's place.
+    """
+    layout, response_BxL = episode_layout(prompts, responses)
+    last_B = masking.last_token_index(response_BxL)
+    is_last_BxL = jnp.arange(response_BxL.shape[1])[None, :] == last_B[:, None]
+    stopped_Bx1 = (responses.stop_B == ENDED_BY_STOP)[:, None]
+    token_BxL = jnp.where(is_last_BxL & stopped_Bx1, eos_id, layout.token_BxL)
+    layout = Layout(token_BxL, layout.position_BxL, layout.segment_BxL, layout.prefix_BxL)
+    value_BxL = model.scalars(params, model_config, layout)
+    return jnp.take_along_axis(value_BxL, last_B[:, None], axis=1)[:, 0]
+
+
+def values_before(params: Params, model_config: ModelConfig, layout: Layout) -> Array:
+    """value_BxL before each token: the scalar read at its predecessor."""
+    index_BxL, exists_BxL = predecessor(layout)
+    value_BxL = model.scalars(params, model_config, layout)
+    return jnp.where(exists_BxL, jnp.take_along_axis(value_BxL, index_BxL, axis=1), 0.0)
+
+
+def score_rollout(
+    policy: Params,
+    reference: Params,
+    value: Params,
+    reward: Params,
+    prompts: PromptBatch,
+    responses: Responses,
+    kl_coef: Array,
+    key: Array,
+    *,
+    config: PpoConfig,
+    model_config: ModelConfig,
+    reward_config: ModelConfig,
+    eos_id: int,
+    reward_gain: Array | float = 1.0,
+    reward_bias: Array | float = 0.0,
+) -> tuple[Rollout, dict[str, Array], dict[str, Array]]:
+    """Everything that PPO freezes about an iteration's episodes (InstructGPT section 3.5; traps T8-T14).
+
+    Per episode: score = gain * RM + bias, missing-EOS rule, reward_t = -beta * kl_t plus the score
+    at the last real token, values before each token, GAE, returns, whitened advantages.
+
+    Returns:
+      (rollout, metrics, per-episode {"score", "kl", "length"} arrays for the samples file).
+    """
+    layout, mask_BxL = episode_layout(prompts, responses)
+    raw_B = response_scores(reward, reward_config, prompts, responses, eos_id=eos_id)
+    raw_B = reward_gain * raw_B + reward_bias
+    if config.score_control == "shuffled":
+        raw_B = jax.random.permutation(key, raw_B)
+    finished_B = responses.stop_B != CUT_BY_LENGTH
+    score_B = apply_missing_eos(
+        raw_B, finished_B, config.missing_eos, missing_eos_value(config)
+    )
+
+    statistics = model.token_statistics(
+        policy, model_config, layout, temperature=config.temperature
+    )
+    rescored_BxL = statistics["logp"]
+    sampled_BxL = jnp.pad(responses.logp_BxT, ((0, 0), (prompts.token_BxP.shape[1], 0)))
+    old_logp_BxL = rescored_BxL if config.old_logp_from == "rescore" else sampled_BxL
+    old_logp_BxL = jnp.where(mask_BxL, old_logp_BxL, 0.0)
+    ref_logp_BxL = model.token_logprobs(
+        reference, model_config, layout, temperature=config.temperature
+    )
+
+    kl_BxL = per_token_kl(old_logp_BxL, ref_logp_BxL, mask_BxL, config.kl_estimator)
+    k1_B = per_token_kl(old_logp_BxL, ref_logp_BxL, mask_BxL, "k1").sum(axis=1)
+    reward_BxL = shaped_reward(score_B, kl_BxL, mask_BxL, kl_coef)
+    unwhitened_B = reward_BxL.sum(axis=1)
+    if config.whiten_rewards:
+        reward_BxL = masking.whiten(reward_BxL, mask_BxL, shift_mean=False)
+    value_BxL = jnp.where(mask_BxL, values_before(value, reward_config, layout), 0.0)
+    advantage_BxL, return_BxL = generalized_advantage(
+        reward_BxL, value_BxL, mask_BxL, config.discount, config.gae_lambda
+    )
+    if config.whiten_advantages:
+        advantage_BxL = masking.whiten(advantage_BxL, mask_BxL, shift_mean=True)
+
+    gap_BxL = jnp.where(mask_BxL, jnp.abs(rescored_BxL - sampled_BxL), 0.0)
+    length_B = mask_BxL.sum(axis=1).astype(jnp.float32)
+    entropy_B = jnp.where(mask_BxL, statistics["entropy"], 0.0).sum(axis=1)
+    metrics = {
+        "objective/kl": k1_B.mean(),
+        "objective/kl_coef": jnp.asarray(kl_coef, jnp.float32),
+        "objective/entropy": entropy_B.mean(),
+        "objective/score": score_B.mean(),
+        "objective/score_std": score_B.std(),
+        "objective/score_total": unwhitened_B.mean(),
+        "objective/non_score_reward": (unwhitened_B - score_B).mean(),
+        "objective/rlhf_reward": unwhitened_B.mean(),
+        "val/num_eos_tokens": (finished_B).astype(jnp.float32).sum(),
+        "val/sampler_gap_max": gap_BxL.max(),
+        "val/sampler_gap_mean": masking.masked_mean(gap_BxL, mask_BxL),
+        "response_length/mean": length_B.mean(),
+        "response_length/clip_ratio": (~finished_B).astype(jnp.float32).mean(),
+    }
+    rollout = Rollout(layout, mask_BxL, old_logp_BxL, value_BxL, advantage_BxL, return_BxL)
+    return rollout, metrics, {"score": score_B, "kl": k1_B, "length": length_B}
+
+
+def missing_eos_value(config: PpoConfig) -> float:
+    """The field, or its rule's default: replace by -1 (Ziegler et al. 2019), subtract 1."""
+    if config.missing_eos_value is not None:
+        return config.missing_eos_value
+    return -1.0 if config.missing_eos == "replace" else 1.0

@@ -1,0 +1,25 @@
+"""Shared by all tests: CPU, strict ranks, a compile cache, real data where it is to be had."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+_cache = Path(__file__).parent.parent / ".cache" / "jax"
+jax.config.update("jax_compilation_cache_dir", str(_cache))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data slices; a test that wants it skips visibly where it is absent."""
+    folder = os.environ.get("INSTRUCTAX_TEST_DATA", "")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("INSTRUCTAX_TEST_DATA is not set to a folder of real data")
+    return Path(folder)

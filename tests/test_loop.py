@@ -1,0 +1,162 @@
+"""The loop saves when it should, never a state that is not finite, and ends with dignity."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from instructax.config import UserError
+from instructax.runtime import environment
+from instructax.runtime.loop import StopSignal, run_steps
+from instructax.runtime.metrics import MetricsWriter
+
+
+class Run:
+    """run_steps in a folder; ``rows`` and ``saved`` tell what it did, however it ended."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.saved: list[int] = []
+
+    def __call__(self, step, *, start=0, total=6, checkpoint_every=4, log_every=1):
+        with MetricsWriter(self.folder) as writer, StopSignal() as stop:
+            run_steps(
+                name="sft",
+                start=start,
+                total=total,
+                step=step,
+                save=self.saved.append,
+                checkpoint_every=checkpoint_every,
+                writer=writer,
+                show=("loss",),
+                stop=stop,
+                log_every=log_every,
+            )
+
+    @property
+    def rows(self) -> list[tuple[int, float]]:
+        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+        return [(row["step"], row["loss"]) for row in map(json.loads, lines)]
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run(tmp_path)
+
+
+def loss_of(i):
+    return {"loss": jnp.float32(i)}
+
+
+def test_rows_are_numbered_by_steps_done_and_saves_fall_on_time(run):
+    run(loss_of)
+    assert run.rows == [(i + 1, i) for i in range(6)]
+    assert run.saved == [4, 6]
+
+
+def test_a_resumed_loop_runs_the_steps_that_are_left(run):
+    run(loss_of, start=4)
+    assert run.rows == [(5, 4), (6, 5)] and run.saved == [6]
+
+
+def test_nothing_is_left_to_do(run):
+    run(loss_of, start=6)
+    assert run.rows == [] and run.saved == []
+
+
+def test_log_every_still_writes_what_is_saved_and_the_last(run):
+    run(loss_of, total=7, log_every=3)
+    assert [done for done, _ in run.rows] == [3, 4, 6, 7] and run.saved == [4, 7]
+
+
+def test_metrics_are_fetched_one_step_late(run):
+    seen = []
+
+    class Late:
+        """A metric that notes when it is fetched."""
+
+        def __init__(self, i):
+            self.i = i
+
+        def __array__(self, dtype=None, copy=None):
+            seen.append(f"fetch {self.i}")
+            return jnp.float32(self.i).__array__()
+
+    def step(i):
+        seen.append(f"run {i}")
+        return {"loss": Late(i)}
+
+    run(step, total=3, checkpoint_every=10)
+    assert list(dict.fromkeys(seen)) == [
+        "run 0",
+        "run 1",
+        "fetch 0",
+        "run 2",
+        "fetch 1",
+        "fetch 2",
+    ]
+
+
+@pytest.mark.parametrize("bad", [2, 3])
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(run, bad):
+    with pytest.raises(UserError, match=f"loss is nan at step {bad + 1}"):
+        run(lambda i: {"loss": jnp.float32(jnp.nan if i == bad else 0)})
+    assert run.saved == []
+
+
+def test_the_guard_must_name_a_metric(run):
+    with pytest.raises(ValueError, match="guard names 'loss'"):
+        run(lambda i: {"nll": 1.0})
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_says_how_to_continue_and_leaves(run, capsys, number, code):
+    def step(i):
+        if i == 1:
+            os.kill(os.getpid(), number)
+        return loss_of(i)
+
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as leave:
+        run(step)
+    assert leave.value.code == code
+    assert run.saved == [2] and run.rows == [(1, 0), (2, 1)]
+    said = [line for line in capsys.readouterr().err.splitlines() if "continue" in line]
+    assert len(said) == 1 and "after step 2 of 6" in said[0]
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_interrupt_ends_at_once(run):
+    def step(i):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return loss_of(i)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(step)
+    assert run.saved == []
+
+
+def test_without_a_terminal_progress_is_plain_lines(run, capsys):
+    run(loss_of)
+    assert capsys.readouterr().err.splitlines() == ["sft 6/6  loss 5  0 s left"]
+
+
+def test_environment_is_json_and_names_no_path():
+    described = environment.environment()
+    assert json.loads(json.dumps(described)) == described
+    assert described["packages"]["jax"] == jax.__version__ and described["devices"]["count"] >= 1
+    folder = str(Path(environment.__file__).parents[1])
+    assert folder not in json.dumps({**described, "argv": []})
+
+
+def test_peak_memory_is_in_bytes():
+    held = bytearray(64 << 20)
+    held[::4096] = b"x" * len(held[::4096])
+    assert len(held) < environment.peak_rss_bytes() < 64 << 30

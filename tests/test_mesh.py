@@ -1,0 +1,220 @@
+"""The mesh is what was asked for, batches and states lie on it whole, on 1 device and on 8."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from instructax.batches import padded_layout
+from instructax.config import MeshConfig, UserError
+from instructax.runtime import distributed, mesh
+from instructax.steps import state
+
+
+def init(key):
+    params = {"embed": {"token": jax.random.normal(key, (16, 8))}}
+    return state.create(params, optax.adam(1e-3))
+
+
+def test_one_device_gives_the_trivial_mesh_with_auto_axes():
+    made = mesh.make_mesh(MeshConfig(), jax.devices()[:1])
+    assert dict(made.shape) == {"data": 1, "fsdp": 1, "model": 1}
+    assert set(made.axis_types) == {jax.sharding.AxisType.Auto}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MeshConfig(data=3, fsdp=1, model=1), "needs 3 devices, 1 are present"),
+        (MeshConfig(data=-1, fsdp=2), "2 does not divide the 1 devices"),
+        (MeshConfig(data=-1, fsdp=-1), "at most one may be -1"),
+        (MeshConfig(data=0), "must be positive"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(config, message):
+    with pytest.raises(UserError, match=message):
+        mesh.make_mesh(config, jax.devices()[:1])
+
+
+def test_put_batch_keeps_values_and_structure():
+    made = mesh.make_mesh(MeshConfig(), jax.devices()[:1])
+    token = np.arange(12, dtype=np.int32).reshape(4, 3)
+    layout = jax.device_get(padded_layout(token, np.ones((4, 3), bool)))
+    placed = mesh.put_batch(made, {"layout": layout, "scale": np.float32(2)})
+    assert jax.tree.all(jax.tree.map(np.array_equal, placed["layout"], layout))
+    assert placed["layout"].token_BxL.sharding == mesh.batch_sharding(made)
+    assert placed["scale"].sharding.spec == P()
+
+
+def test_init_sharded_equals_init():
+    made = mesh.make_mesh(MeshConfig(), jax.devices()[:1])
+    key = jax.random.key(0)
+    born, plain = mesh.init_sharded(made, init, key), jax.jit(init)(key)
+    assert jax.tree.all(jax.tree.map(np.array_equal, born, plain))
+    abstract = mesh.abstract_sharded(made, init, key)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), abstract) == jax.tree.map(
+        lambda x: (x.shape, x.dtype, x.sharding), born
+    )
+
+
+def run_python(code: str, *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+EIGHT = """
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+import sys, tempfile
+import numpy as np
+import optax
+import pytest
+from instructax.config import MeshConfig, UserError
+from instructax.runtime import checkpoint, mesh
+from instructax.steps import state
+
+def init(key):
+    params = {
+        "embed": {"token": jax.random.normal(key, (16, 8))},
+        "blocks": {"mlp": {"up": {"kernel": jax.random.normal(key, (2, 8, 4))}}},
+    }
+    return state.create(params, optax.adam(1e-3))
+
+key = jax.random.key(0)
+cube = mesh.make_mesh(MeshConfig(data=-1, fsdp=2, model=2))
+assert dict(cube.shape) == {"data": 2, "fsdp": 2, "model": 2}
+born = mesh.init_sharded(cube, init, key)
+one = mesh.make_mesh(MeshConfig(), jax.devices()[:1])
+plain = mesh.init_sharded(one, init, key)
+assert jax.tree.all(jax.tree.map(np.array_equal, born, plain)), "init depends on the mesh"
+for leaf in (born.params["embed"]["token"], born.opt_state[0].mu["embed"]["token"]):
+    assert leaf.addressable_shards[0].data.size * 4 == leaf.size
+
+rows = np.arange(24).reshape(8, 3).astype(np.int32)
+placed = mesh.put_batch(cube, rows)
+assert np.array_equal(placed, rows)
+assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3)}
+with pytest.raises(UserError, match="6 rows"):
+    mesh.put_batch(cube, rows[:6])
+
+# A checkpoint of eight devices continues on one, and the other way round.
+with tempfile.TemporaryDirectory() as folder, checkpoint.Checkpoints(folder) as checkpoints:
+    checkpoints.save(1, {"state": born}, {})
+    checkpoints.save(2, {"state": plain}, {})
+    down = checkpoints.restore(1, "state", mesh.abstract_sharded(one, init, key))
+    up = checkpoints.restore(2, "state", mesh.abstract_sharded(cube, init, key))
+    assert jax.tree.all(jax.tree.map(np.array_equal, born, down))
+    assert jax.tree.all(jax.tree.map(np.array_equal, born, up))
+    assert up.params["embed"]["token"].sharding == born.params["embed"]["token"].sharding
+print("passed")
+"""
+
+
+def test_eight_devices_hold_what_one_holds():
+    process = run_python(EIGHT)
+    try:
+        output, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0 and "passed" in output, output
+
+
+# The model axis spans both processes, so each must supply all rows, not its half of them.
+TWO_PROCESSES = """
+import os, signal, sys, time
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 2)
+import numpy as np
+import pytest
+from jax.experimental import multihost_utils
+from instructax.config import MeshConfig, UserError
+from instructax.runtime import checkpoint, distributed, loop, mesh, metrics
+from jax.sharding import Mesh, AxisType
+
+distributed.initialize_if_needed()
+index = jax.process_index()
+assert jax.process_count() == 2 and distributed.is_main() == (index == 0)
+distributed.agree("the same")
+with pytest.raises(UserError, match=r"processes \\[1\\] differ"):
+    distributed.agree(f"not the same {index}")
+
+rows = np.arange(12, dtype=np.int32).reshape(4, 3)
+for order in ([0, 1, 2, 3], [0, 2, 1, 3]):
+    devices = np.array(jax.devices())[order].reshape(2, 1, 2)
+    made = Mesh(devices, ("data", "fsdp", "model"), axis_types=(AxisType.Auto,) * 3)
+    placed = mesh.put_batch(made, rows)
+    assert np.array_equal(multihost_utils.process_allgather(placed, tiled=True), rows)
+
+folder = sys.argv[1]
+with checkpoint.Checkpoints(folder, keep_latest=1) as checkpoints:
+    for step in (1, 2, 3):
+        checkpoints.save(step, {"params": {"w": placed}}, {"step": step})
+    sharding = mesh.batch_sharding(made)
+    abstract = {"w": jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=sharding)}
+    back = checkpoints.restore(3, "params", abstract)
+    assert checkpoints.meta(3) == {"step": 3}
+    assert np.array_equal(multihost_utils.process_allgather(back["w"], tiled=True), rows)
+assert checkpoints.steps() == [3]
+
+# SIGTERM reaches one process; both save the same step and leave.
+saved = []
+def step(i):
+    if i == 2 and index == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.02)
+    return {"loss": 0.0}
+
+with pytest.raises(SystemExit) as leave, loop.StopSignal() as stop:
+    with metrics.MetricsWriter(folder + "-run") as writer:
+        loop.run_steps(name="sft", start=0, total=1000, step=step, save=saved.append,
+                       checkpoint_every=1000, writer=writer, show=(), stop=stop)
+assert leave.value.code == 143 and len(saved) == 1 and 2 < saved[0] < 1000
+gathered = multihost_utils.process_allgather(np.array(saved))
+assert (gathered == saved[0]).all(), gathered
+print("passed")
+"""
+
+
+def test_two_processes_agree_share_batches_and_checkpoints_and_stop_together(tmp_path, monkeypatch):
+    port = 20_000 + os.getpid() % 20_000
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", f"127.0.0.1:{port}")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    processes = []
+    for index in range(2):
+        monkeypatch.setenv("JAX_PROCESS_ID", str(index))
+        processes.append(run_python(TWO_PROCESSES, str(tmp_path / "checkpoints")))
+    try:
+        outputs = [process.communicate(timeout=100)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0 and "passed" in output, output
+
+
+def test_one_process_needs_no_initialization(monkeypatch):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+    distributed.initialize_if_needed()
+    distributed.agree("alone")
+    assert distributed.is_main() and not jax.distributed.is_initialized()
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(UserError, match="JAX_NUM_PROCESSES and JAX_PROCESS_ID not set"):
+        distributed.initialize_if_needed()
+    monkeypatch.setenv("JAX_PROCESS_ID", "0")
+    with pytest.raises(UserError, match="JAX_NUM_PROCESSES not set"):
+        distributed.initialize_if_needed()

@@ -1,0 +1,124 @@
+"""Every parameter has exactly one rule, every rule a parameter, and mistakes name the path."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from instructax import partitioning
+from instructax.config import ModelConfig
+from instructax.models import functional
+
+GPT = ModelConfig(num_layers=2, d_model=64, num_heads=4, vocab_size=300)
+LLAMA = ModelConfig(
+    num_layers=2,
+    d_model=64,
+    num_heads=4,
+    num_kv_heads=2,
+    vocab_size=300,
+    norm="rms",
+    positions="rope",
+    activation="swiglu",
+    use_bias=False,
+    qk_norm=True,
+    tie_embeddings=False,
+)
+MESH = {"data": 1, "fsdp": 2, "model": 2}
+
+
+def abstract(config: ModelConfig, head: str):
+    return jax.eval_shape(lambda key: functional.init(key, config, head), jax.random.key(0))
+
+
+def paths(tree) -> list[str]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, P))
+    return [partitioning.path_name(path) for path, _ in leaves]
+
+
+def array(*shape: int):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def test_every_parameter_has_one_rule_and_every_rule_a_parameter():
+    found = []
+    for config, head in ((GPT, "lm"), (LLAMA, "lm"), (GPT, "scalar")):
+        tree = abstract(config, head)
+        partitioning.param_specs(tree, MESH)
+        found += paths(tree)
+    for end, _ in partitioning.PARAMETERS:
+        alone = [p for p in found if partitioning.re.search(rf"(?:^|/){end}$", p)]
+        assert alone, f"no parameter of any model ends like {end}"
+
+
+def test_logical_axes_of_the_rules_are_known_and_never_collide():
+    for end, axes in partitioning.PARAMETERS:
+        partitioning.spec(end, (4,) * len(axes), axes)
+    for axes in partitioning.RULES.values():
+        assert set(axes) <= set(partitioning.MESH_AXES)
+
+
+def test_known_specs():
+    specs = partitioning.param_specs(abstract(GPT, "lm"), MESH)
+    assert specs["embed"]["token"] == P(("model", "fsdp"), None)
+    assert specs["blocks"]["attn"]["q"]["kernel"] == P(None, "fsdp", "model", None)
+    assert specs["blocks"]["mlp"]["down"]["kernel"] == P(None, "model", "fsdp")
+    assert specs["final_norm"]["scale"] == P(None)
+
+
+def test_optimizer_moments_are_sharded_like_their_parameter():
+    params = abstract(GPT, "scalar")
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    specs = partitioning.param_specs(jax.eval_shape(optimizer.init, params), MESH)
+    adam = specs[1][0]
+    assert adam.mu == partitioning.param_specs(params, MESH) == adam.nu
+    assert adam.count == P()
+
+
+def test_scalars_are_replicated_and_typed_keys_too():
+    tree = {"step": array(), "key": jax.eval_shape(lambda: jax.random.key(0))}
+    assert partitioning.param_specs(tree) == {"step": P(), "key": P()}
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "message"),
+    [
+        ("embed/tokens", (4, 4), "embed/tokens: no rule"),
+        ("old_embed/token", (4, 4), "old_embed/token: no rule"),
+        ("embed/token", (4, 4, 4), "embed/token: shape .* rank 3"),
+        ("embed/token", (6, 4), "embed/token: axis 'vocab' of size 6 is not divisible by 4"),
+        ("blocks/attn/k/kernel", (2, 64, 3, 8), "k/kernel: axis 'kv_heads' of size 3"),
+    ],
+)
+def test_refusals_name_the_path(path, shape, message):
+    with pytest.raises(ValueError, match=message):
+        partitioning.param_specs({path: array(*shape)}, MESH)
+
+
+def test_two_claims_on_one_mesh_axis_are_refused():
+    with pytest.raises(ValueError, match="w: mesh axis 'model' is claimed by 'heads' and 'mlp'"):
+        partitioning.spec("w", (4, 4), ("heads", "mlp"))
+
+
+def test_unknown_logical_axis_is_refused():
+    with pytest.raises(ValueError, match="w: unknown logical axis 'head'"):
+        partitioning.spec("w", (4,), ("head",))
+
+
+def test_an_axis_of_size_one_stays_whole():
+    assert partitioning.spec("k", (64, 1), ("d_model", "kv_heads"), MESH) == P("fsdp", None)
+
+
+def test_constrain_does_nothing_without_a_mesh_and_pins_with_one():
+    x = jnp.zeros((4, 3, 2))
+    pinned = lambda x: partitioning.constrain(x, "batch", None, "heads")
+    assert "sharding_constraint" not in str(jax.make_jaxpr(pinned)(x))
+    mesh = jax.make_mesh((1, 1, 1), partitioning.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    with jax.set_mesh(mesh):
+        assert "sharding_constraint" in str(jax.make_jaxpr(pinned)(x))
+        assert jax.jit(pinned)(x).shape == x.shape
+        with pytest.raises(ValueError, match="activation"):
+            partitioning.constrain(x, "batch", None)
