@@ -21,7 +21,7 @@ setup(
     package_dir={"": "src"},
     packages=find_packages("src"),
     package_data={"instructax": ["report/*.j2"]},
-    entry_points={"console_scripts": ["instructax = instructax.__main__:entry"]},
+    entry_points={"console_scripts": ["instructax = instructax.__main__:main"]},
     install_requires=[
         # 0.10 is the last jax for Python 3.11; 3.12 and later take 0.11.
         "jax>=0.10,<0.13",

@@ -24,7 +24,7 @@ class Run:
         self.folder = folder
         self.saved: list[int] = []
 
-    def __call__(self, step, *, start=0, total=6, checkpoint_every=4, log_every=1):
+    def __call__(self, step, *, start=0, total=6, save_at=lambda done: done % 4 == 0, log_every=1):
         with MetricsWriter(self.folder) as writer, StopSignal() as stop:
             run_steps(
                 name="sft",
@@ -32,7 +32,7 @@ class Run:
                 total=total,
                 step=step,
                 save=self.saved.append,
-                checkpoint_every=checkpoint_every,
+                save_at=save_at,
                 writer=writer,
                 show=("loss",),
                 stop=stop,
@@ -92,7 +92,7 @@ def test_metrics_are_fetched_one_step_late(run):
         seen.append(f"run {i}")
         return {"loss": Late(i)}
 
-    run(step, total=3, checkpoint_every=10)
+    run(step, total=3, save_at=lambda done: done % 10 == 0)
     assert list(dict.fromkeys(seen)) == [
         "run 0",
         "run 1",

@@ -165,7 +165,9 @@ def test_cached_decoding_equals_the_training_program(family, left):
 def test_padded_vocabulary_never_enters_a_logsumexp():
     params = model.init(jax.random.key(0), SMALL, "lm")
     assert params["embed"]["token"].shape == (32, 16)
-    loud = params | {"embed": params["embed"] | {"token": params["embed"]["token"].at[29:].set(50.0)}}
+    loud = params | {
+        "embed": params["embed"] | {"token": params["embed"]["token"].at[29:].set(50.0)}
+    }
     layout = padded_layout(tokens(2, 6), np.ones((2, 6), bool))
     for name, value in model.token_statistics(params, SMALL, layout).items():
         other = model.token_statistics(loud, SMALL, layout)[name]
@@ -183,7 +185,9 @@ def test_statistics_match_a_dense_softmax_at_any_temperature():
         jnp.asarray(x, jnp.float32), token, jnp.asarray(table, jnp.float32),
         vocab_size=13, temperature=0.7,
     )  # fmt: skip
-    np.testing.assert_allclose(logp, np.log(np.take_along_axis(p, token[..., None], -1))[..., 0], atol=1e-5)
+    np.testing.assert_allclose(
+        logp, np.log(np.take_along_axis(p, token[..., None], -1))[..., 0], atol=1e-5
+    )
     np.testing.assert_allclose(entropy, -(p * np.log(p)).sum(-1), atol=1e-5)
 
 
@@ -202,7 +206,9 @@ def test_chunked_logprobs_equal_dense_values_and_gradients(chunk):
 
     dense = jax.value_and_grad(total, (0, 1))(x, table, 7)
     chunked = jax.value_and_grad(total, (0, 1))(x, table, chunk)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), dense, chunked)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), dense, chunked
+    )
 
 
 def test_scan_and_remat_change_nothing():

@@ -8,9 +8,10 @@ from statistics import mean
 
 import pytest
 
+from instructax.config import WorldConfig
 from instructax.worlds import facts as facts_module
 from instructax.worlds import gold, responses, tasks
-from instructax.worlds.world import WorldConfig, make_world
+from instructax.worlds.world import fault_rates, make_world
 
 SMALL = WorldConfig(
     num_entities=12,
@@ -50,14 +51,14 @@ def text_of(record):
 
 def noisy_response(world, spec, rng):
     """What a small supervised model says: a demonstration, at times with a wrong fact or word."""
-    words = responses.demonstrate(spec, world.facts, rng, world.config.fault_rates).split()
-    if rng.random() < 0.15:
+    words = responses.demonstrate(spec, world.facts, rng, fault_rates(world.config)).split()
+    if rng.random() < 0.05:
         names = [facts_module.ATTRIBUTE_OF_VALUE.get(word) for word in words]
         words = [
             rng.choice(facts_module.ATTRIBUTE[name].values) if name else word
             for word, name in zip(words, names, strict=True)
         ]
-    if rng.random() < 0.08:
+    if rng.random() < 0.05:
         i = rng.randrange(len(words))
         words[i : i + 1] = rng.choice(([], [words[i]] * 2, [rng.choice(words)]))
     return " ".join(words)

@@ -17,7 +17,7 @@ Everything here is a frozen pytree of arrays; nothing here computes with a model
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ import jax.numpy as jnp
 Array = Any  # jax.Array or numpy.ndarray: batches are made by NumPy and consumed under jit
 
 
+@dataclass_transform(frozen_default=True)
 def pytree(cls):
     """A frozen dataclass that jax treats as a pytree, every field a leaf."""
     cls = dataclasses.dataclass(frozen=True)(cls)

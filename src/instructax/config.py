@@ -155,13 +155,19 @@ class WorldConfig:
     num_attributes: int = 4
     """Ordinary attributes, 2..5; the forbidden one comes on top."""
     pretrain_documents: int = 36000
+    """Training texts."""
     pretrain_heldout_documents: int = 1200
+    """Held-out texts, of the same topics."""
     train_demonstrations: int = 6000
+    """Demonstrations on training content."""
     validation_demonstrations: int = 400
+    """Demonstrations on validation content."""
     comparison_prompts: int = 2400
     """Prompts whose samples are to be ranked for reward training."""
     comparison_validation_prompts: int = 600
+    """The same, held out."""
     ppo_prompts: int = 4000
+    """Customers' prompts for PPO, before curation."""
     validation_prompts: int = 300
     """For choosing checkpoints and tuning; content of its own."""
     eval_prompts: int = 1000
@@ -184,7 +190,7 @@ class WorldConfig:
     """Simulated labelers of the training comparisons."""
     heldout_labelers: int = 5
     """Simulated labelers who judge held-out pairs only."""
-    labeler_noise: float = 0.69
+    labeler_noise: float = 0.59
     """Standard deviation of a labeler's noise, in gold points; sets how far two agree."""
     courtesy_liking: float = 0.2
     """Mean liking for each courtesy, in gold points."""
@@ -239,7 +245,7 @@ class DataConfig:
     max_prompt_tokens: int = 1024
     """Longer prompts are filtered and counted (InstructGPT: 1k)."""
     max_response_tokens: int = 1024
-    """Longest response (InstructGPT: 1k)."""
+    """A prompt with a response may have this many tokens more (InstructGPT: 1k); longer ones are left out and counted."""
     chat_template: Literal["plain", "roles"] = "plain"
     """How a plain prompt is framed: as text with an answer mark behind it, or as a user turn with role tokens."""
 
@@ -495,7 +501,7 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(context_length=2048))
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     init: SftConfig = field(

@@ -74,9 +74,7 @@ def chunked_token_statistics(
 
     @jax.checkpoint
     def one(x_chunk, token_chunk, unembedding):
-        return _statistics(
-            x_chunk, token_chunk, unembedding, vocab_size, temperature, with_entropy
-        )
+        return _statistics(x_chunk, token_chunk, unembedding, vocab_size, temperature, with_entropy)
 
     logp, entropy = jax.lax.map(
         lambda xt: one(xt[0], xt[1], unembedding_VxD), (x.swapaxes(0, 1), token.swapaxes(0, 1))

@@ -35,13 +35,17 @@ def source_rules(config: Config) -> Iterator[Problem]:
                 yield f"{path}[{i}]", source, "is an empty path", "name a file, or leave it out"
             if source.startswith("tfds:") and not TFDS.fullmatch(source):
                 yield (
-                    f"{path}[{i}]", source, "is no TFDS source",
+                    f"{path}[{i}]",
+                    source,
+                    "is no TFDS source",
                     "write tfds:NAME@FOLDER or tfds:NAME@FOLDER#SPLIT",
                 )
     for path in SOURCES:
         if config.data.world is not None and _get(config, path):
             yield (
-                path, _get(config, path), "names files, but data.world generates all data",
+                path,
+                _get(config, path),
+                "names files, but data.world generates all data",
                 "leave one of the two out",
             )
 
@@ -55,7 +59,12 @@ def file_rules(config: Config, verb: str) -> Iterator[Problem]:
         if curated and of_data:
             continue
         if needed and not sources and not (world and of_data):
-            yield path, sources, f"names nothing, but `{verb}` needs it", "name files, or set data.world"
+            yield (
+                path,
+                sources,
+                f"names nothing, but `{verb}` needs it",
+                "name files, or set data.world",
+            )
         for i, source in enumerate(sources):
             yield from _missing(f"{path}[{i}]", source)
     if config.tokenizer.path:
@@ -85,10 +94,14 @@ def _read(config: Config, verb: str) -> Iterator[tuple[str, bool]]:
     """(field, whether the verb cannot do without it). The first verb that needs data curates all of it."""
     ppo = config.ppo
     needed = {
-        "data": {"data.demonstrations"} if not any(_get(config, path) for path in SOURCES) else set(),
+        "data": {"data.demonstrations"}
+        if not any(_get(config, path) for path in SOURCES)
+        else set(),
         "pretrain": {"data.pretrain"},
-        "sft": {"data.demonstrations"} | ({"data.pretrain"} if config.sft.pretrain_mix > 0 else set()),
-        "init": {"data.demonstrations"} | ({"data.pretrain"} if config.init.pretrain_mix > 0 else set()),
+        "sft": {"data.demonstrations"}
+        | ({"data.pretrain"} if config.sft.pretrain_mix > 0 else set()),
+        "init": {"data.demonstrations"}
+        | ({"data.pretrain"} if config.init.pretrain_mix > 0 else set()),
         "reward": {"data.comparisons"},
         "ppo": {"data.prompts"},
         "evaluate": set() if config.data.prompts else {"data.prompts_evaluation"},

@@ -20,7 +20,7 @@ from typing import Any
 
 from instructax.config import Arm, Config, ModelConfig, PpoConfig, UserError, replace
 from instructax.consistency import suggestion
-from instructax.validation import alternatives, describe, hints, is_section, shown
+from instructax.validation import alternatives, check_fields, describe, hints, is_section, shown
 
 
 def load_config(path: str | Path) -> Config:
@@ -68,8 +68,12 @@ def parse(argv: Sequence[str], default: Config, *, prog: str = "instructax") -> 
     ``none`` (``--reward.model none``). ``--help`` explains every field and exits with 0.
 
     Raises:
-      UserError: a flag that no field has, or a value of the wrong type; one line.
+      UserError: a flag that no field has, a value of the wrong type, or a default that is not well
+        typed itself; one line.
     """
+    if not argv:
+        return default
+    check_fields(default)  # tyro reads the defaults of its flags from it
     import tyro
 
     wants_help = any(token in ("-h", "--help") for token in argv)
@@ -124,7 +128,11 @@ def _sections_to_open(
                 continue
             flag = f"--{section.name}.{name}".replace("_", "-")
             tokens = [token.partition("=")[0].replace("_", "-") for token in rest]
-            closed = [i for i, token in enumerate(rest[:-1]) if tokens[i] == flag and rest[i + 1].lower() == "none"]
+            closed = [
+                i
+                for i, token in enumerate(rest[:-1])
+                if tokens[i] == flag and rest[i + 1].lower() == "none"
+            ]
             for i in reversed(closed):
                 del rest[i : i + 2]
             inner = None if closed else getattr(outer, name)
@@ -147,7 +155,7 @@ def _flags(value: Any, prefix: str = "") -> dict[str, Any]:
         elif isinstance(inner, tuple) and inner and all(map(dataclasses.is_dataclass, inner)):
             for i, item in enumerate(inner):
                 found |= _flags(item, f"{path}.{i}.")
-        else:
+        elif not any(map(is_section, alternatives(hint))):
             found[f"--{path}"] = hint
             if hint is bool:
                 found[f"--{prefix}no-{name.replace('_', '-')}"] = hint
@@ -159,7 +167,7 @@ def _checked(argv: Sequence[str], flags: dict[str, Any]) -> list[str]:
     tokens: list[str] = []
     hint: Any = None
     for token in argv:
-        if token.startswith("--") and token not in ("--help", "--"):
+        if token.startswith("--") and token != "--help":
             flag, equals, value = token.partition("=")
             flag = flag.replace("_", "-")
             if flag not in flags:
@@ -198,8 +206,10 @@ def _one_line(boxed: str, argv: Sequence[str], flags: dict[str, Any]) -> str:
     start = len(argv) - 1 - list(reversed(argv)).index(flag) + 1
     end = next((i for i in range(start, len(argv)) if argv[i].startswith("--")), len(argv))
     given = " ".join(argv[start:end])
-    return f"{flag}: must be {describe(flags[flag])}, got {given!r}" if given else (
-        f"{flag}: must be {describe(flags[flag])}, got nothing; write the value behind it"
+    return (
+        f"{flag}: must be {describe(flags[flag])}, got {given!r}"
+        if given
+        else (f"{flag}: must be {describe(flags[flag])}, got nothing; write the value behind it")
     )
 
 
@@ -216,10 +226,7 @@ def _with_field_types(arm: Arm) -> Arm:
             return None
         return value
 
-    try:
-        return replace(arm, changes=tuple((name, typed(name, value)) for name, value in arm.changes))
-    except (TypeError, ValueError):  # not pairs: the validator says so
-        return arm
+    return replace(arm, changes=tuple((name, typed(name, value)) for name, value in arm.changes))
 
 
 def dump(config: Any) -> Any:
@@ -238,7 +245,9 @@ def from_dict(plain: Any) -> Config:
       UserError: a field that no config has, or no object where a section should be.
     """
     if not isinstance(plain, dict):
-        raise UserError(f"config = {shown(plain)}: must be an object of sections; see `config.json` of a run")
+        raise UserError(
+            f"config = {shown(plain)}: must be an object of sections; see `config.json` of a run"
+        )
     return _build(plain, Config, "")
 
 
@@ -257,7 +266,10 @@ def _build(plain: Any, hint: Any, path: str) -> Any:
                 items = items[:1] * len(plain)
             if len(items) != len(plain):
                 return tuple(plain)
-            return tuple(_build(v, item, f"{path}{i}.") for i, (v, item) in enumerate(zip(plain, items, strict=True)))
+            return tuple(
+                _build(v, item, f"{path}{i}.")
+                for i, (v, item) in enumerate(zip(plain, items, strict=True))
+            )
     return plain
 
 

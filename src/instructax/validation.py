@@ -22,7 +22,9 @@ from instructax.ranges import ANY, RANGES
 
 LARGEST = 2**63 - 1
 FOLDER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*")
-RUN_NAME = re.compile(rf"{FOLDER_NAME.pattern}(/{FOLDER_NAME.pattern})*")  # run/seed0 is one seed of a run
+RUN_NAME = re.compile(
+    rf"{FOLDER_NAME.pattern}(/{FOLDER_NAME.pattern})*"
+)  # run/seed0 is one seed of a run
 
 
 def validate(config: Config, verb: str | None = None) -> None:
@@ -34,12 +36,21 @@ def validate(config: Config, verb: str | None = None) -> None:
     Raises:
       UserError: the first problem, in one line.
     """
-    for path, value, wrong, remedy in _problems(config, verb):
+    check_fields(config)
+    _raise_first(_problems(config, verb))
+
+
+def check_fields(config: Config) -> None:
+    """The first half of :func:`validate`: type and range of each field for itself."""
+    _raise_first(_misfits(config, Config, ""))
+
+
+def _raise_first(problems: Iterator[Problem]) -> None:
+    for path, value, wrong, remedy in problems:
         raise UserError(f"{path} = {shown(value)}: {wrong}; {remedy}")
 
 
 def _problems(config: Config, verb: str | None) -> Iterator[Problem]:
-    yield from _misfits(config, Config, "")
     yield from _names(config)
     yield from _sections(config)
     known = hints(PpoConfig)
@@ -60,6 +71,7 @@ def _problems(config: Config, verb: str | None) -> Iterator[Problem]:
             yield from consistency.model_fit_rules(dataclasses.replace(config, ppo=ppo), verb)
     yield from consistency.model_fit_rules(config, verb)
     yield from consistency.mesh_rules(config, verb)
+    yield from consistency.policy_rules(config, verb)
     yield from presence.source_rules(config)
     if verb not in (None, "report"):
         yield from presence.file_rules(config, verb)
@@ -78,7 +90,10 @@ def _names(config: Config) -> Iterator[Problem]:
             yield f"arms[{i}].name", name, "names two arms", "give each arm its own name"
     if not config.run_dir:
         yield "run_dir", config.run_dir, "is empty", "name a folder, '.' for this one"
-    for path, texts in (("ppo.stop_texts", config.ppo.stop_texts), ("data.names", config.data.names)):
+    for path, texts in (
+        ("ppo.stop_texts", config.ppo.stop_texts),
+        ("data.names", config.data.names),
+    ):
         if "" in texts:
             yield path, texts, "holds an empty text", "leave it out"
 
@@ -92,8 +107,7 @@ def _sections(config: Config) -> Iterator[Problem]:
     yield from consistency.warmup_rule("pretrain.optimizer", pretrain.optimizer, pretrain.steps)
     yield from consistency.ppo_rules("ppo", config.ppo)
     yield from consistency.sample_rules("sample", config.sample)
-    arms = tuple(arm.name for arm in config.arms)
-    yield from consistency.evaluate_rules("evaluate", config.evaluate, arms)
+    yield from consistency.evaluate_rules("evaluate", config.evaluate)
 
 
 def hints(cls: type) -> dict[str, Any]:
@@ -153,18 +167,17 @@ def _misfits(value: Any, hint: Any, path: str) -> Iterator[Problem]:
     elif is_section(hint):
         if type(value) is not hint:
             yield path or "config", value, f"must be {describe(hint)}", "build one"
-            return
-        for name, inner in hints(hint).items():
+        for name, inner in hints(hint).items() if type(value) is hint else ():
             at = f"{path}.{name}" if path else name
             yield from _misfits(getattr(value, name), inner, at)
             yield from _out_of_range(hint, name, getattr(value, name), at)
     elif typing.get_origin(hint) is tuple:
         items = typing.get_args(hint)
         endless = items[-1] is Ellipsis
-        if type(value) is not tuple or not (endless or len(items) == len(value)):
+        fits = type(value) is tuple and (endless or len(items) == len(value))
+        if not fits:
             yield path, value, f"must be {describe(hint)}", "write a tuple, (a,) for one"
-            return
-        for i, part in enumerate(value):
+        for i, part in enumerate(value if fits else ()):
             yield from _misfits(part, items[0] if endless else items[i], f"{path}[{i}]")
     elif not _is_scalar(value, hint):
         yield path, value, f"must be {describe(hint)}", _where_to_set(path)

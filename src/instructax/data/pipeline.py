@@ -13,7 +13,7 @@ import hashlib
 import math
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import jax
@@ -315,7 +315,7 @@ def first_fit(size_n: Sequence[int], capacity: int, max_rows: int | None = None)
 
 def prefetch(
     stream: Callable[[int], BatchT], start: int, stop: int | None = None, depth: int = 2
-) -> Iterator[BatchT]:
+) -> Generator[BatchT, None, None]:
     """Batches ``start``, ``start + 1``, ... made by a thread up to ``depth`` steps ahead.
 
     An error in the stream is raised here, at its own step. Closing the generator ends the thread.

@@ -38,9 +38,9 @@ def attention(q_BxLxHxC: Array, k_BxSxGxC: Array, v_BxSxGxC: Array, mask_BxLxS: 
     rows, length, heads, width = q_BxLxHxC.shape
     groups = k_BxSxGxC.shape[2]
     q = q_BxLxHxC.reshape(rows, length, groups, heads // groups, width)
-    score = jnp.einsum(
-        "blgrc,bsgc->bgrls", q, k_BxSxGxC, preferred_element_type=jnp.float32
-    ) * (width**-0.5)
+    score = jnp.einsum("blgrc,bsgc->bgrls", q, k_BxSxGxC, preferred_element_type=jnp.float32) * (
+        width**-0.5
+    )
     mask = mask_BxLxS[:, None, None]
     weight = jax.nn.softmax(jnp.where(mask, score, jnp.finfo(jnp.float32).min), axis=-1)
     # A query with an empty mask got uniform weights; this makes its output 0, so padding cannot leak.

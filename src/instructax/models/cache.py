@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from instructax.batches import Layout, pytree, padded_layout
+from instructax.batches import Layout, padded_layout, pytree
 from instructax.config import ModelConfig
 from instructax.models.attention import attention, visible
 from instructax.models.layers import Block
@@ -45,27 +45,33 @@ def _band(config: ModelConfig, layer: int) -> int | None:
     return config.band_width if kind == "banded" else None
 
 
+def _apply(block: Block, params: Params, x: Array, position_BxL: Array, attend: Any) -> Any:
+    return block.apply({"params": params}, x, position_BxL, attend)
+
+
 def prefill(
     copy: Params, config: ModelConfig, token_BxP: Array, mask_BxP: Array, slots: int
 ) -> tuple[Array, Cache]:
     """Read left-padded prompts. Returns (hidden_BxD of the last token, cache with ``slots`` slots)."""
-    rows, length = token_BxP.shape
+    length = token_BxP.shape[1]
     if slots < length:
         raise ValueError(f"slots is {slots}, but the prompts take {length}")
     layout: Layout = padded_layout(token_BxP, mask_BxP)
     block = Block(config)
     x = embed(copy, config, layout.token_BxL, layout.position_BxL)
     pad = ((0, 0), (0, slots - length), (0, 0), (0, 0))
-    keys, values = [], []
+    keys: list[Array] = []
+    values: list[Array] = []
     for i, params in enumerate(copy["blocks"]):
         mask = visible(layout, _band(config, i))
 
         def attend(q, k, v, mask=mask):
             return attention(q, k, v, mask), (k, v)
 
-        x, (k, v) = block.apply({"params": params}, x, layout.position_BxL, attend)
-        keys.append(jnp.pad(k, pad))
-        values.append(jnp.pad(v, pad))
+        x, (key, value) = _apply(block, params, x, layout.position_BxL, attend)
+        key, value = jnp.pad(key, pad), jnp.pad(value, pad)
+        keys.append(key)
+        values.append(value)
     cache = Cache(
         key=tuple(keys),
         value=tuple(values),
@@ -93,7 +99,7 @@ def decode(copy: Params, config: ModelConfig, token_B: Array, cache: Cache) -> t
             value = jax.lax.dynamic_update_slice_in_dim(cache.value[i], v, slot, axis=1)
             return attention(q, key, value, mask[:, None]), (key, value)
 
-        x, (key, value) = block.apply({"params": params}, x, position_Bx1, attend)
+        x, (key, value) = _apply(block, params, x, position_Bx1, attend)
         keys.append(key)
         values.append(value)
     cache = Cache(tuple(keys), tuple(values), cache.start_B, slot + 1)

@@ -76,7 +76,8 @@ def hidden(
     x = embed(params, config, layout.token_BxL, position_BxL)
     if dropout_key is not None:
         x = _dropout(x, config.dropout, jax.random.fold_in(dropout_key, config.num_layers))
-    block = Block(config, deterministic=dropout_key is None or config.dropout == 0.0)
+    drops = dropout_key is not None and config.dropout != 0.0
+    block = Block(config, deterministic=not drops)
     pattern = config.attention_pattern
     mask_of = {
         kind: visible(layout, config.band_width if kind == "banded" else None)
@@ -88,7 +89,7 @@ def hidden(
         for i, kind in enumerate(pattern):
             layer_params = jax.tree.map(lambda p, i=i: p[i], params_of_period)
             rngs = None
-            if not block.deterministic:
+            if dropout_key is not None and drops:
                 rngs = {"dropout": jax.random.fold_in(dropout_key, first_layer + i)}
 
             def attend(q, k, v, kind=kind):

@@ -63,7 +63,7 @@ def run_steps(
     total: int,
     step: Callable[[int], Mapping[str, Any]],
     save: Callable[[int], None],
-    checkpoint_every: int,
+    save_at: Callable[[int], bool],
     writer: MetricsWriter,
     show: tuple[str, ...],
     stop: StopSignal,
@@ -73,7 +73,7 @@ def run_steps(
     """Run steps ``start`` to ``total - 1``; a row or a checkpoint is numbered by the steps done.
 
     The metrics of a step are fetched while the next one runs, so that the device never waits for
-    the host. Every ``checkpoint_every`` steps, at the end and on SIGTERM or SIGINT, ``save(done)``
+    the host. Where ``save_at(done)``, at the end and on SIGTERM or SIGINT, ``save(done)``
     is called, never with a state whose guarded metrics are not finite.
 
     Args:
@@ -87,10 +87,8 @@ def run_steps(
       UserError: a guarded metric is not finite.
       SystemExit: 143 after SIGTERM, 130 after SIGINT, the state being saved.
     """
-    if checkpoint_every < 1 or log_every < 1:
-        raise ValueError(
-            f"checkpoint_every ({checkpoint_every}) and log_every ({log_every}) must be positive"
-        )
+    if log_every < 1:
+        raise ValueError(f"log_every must be positive, got {log_every}")
     pending: tuple[int, Mapping[str, Any]] | None = None
     with _progress(name, start, total, show) as display:
 
@@ -110,7 +108,7 @@ def run_steps(
             flush()
             done = i + 1
             stopping = stop.requested(done) and done < total
-            saving = stopping or done % checkpoint_every == 0 or done == total
+            saving = stopping or save_at(done) or done == total
             # What is saved must have been checked, so a checkpoint waits for its own step.
             if saving or done % log_every == 0:
                 pending = (done, metrics)

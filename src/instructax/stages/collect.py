@@ -32,6 +32,8 @@ def run(config: Config) -> None:
 
 
 def _ranked(run: Run, params, prompts, groups: dict[str, Sequence[str]], rank, name: str):
+    grade = data.grader(run.config)
+    assert grade is not None, "labelers and gold come from the same world"
     sampler = Sampler(run, prompts, batch_size=run.config.evaluate.batch_size)
     key = run.key(f"collect/{name}")
     rounds = [
@@ -44,6 +46,7 @@ def _ranked(run: Run, params, prompts, groups: dict[str, Sequence[str]], rank, n
         samples = [samples[i] for samples in rounds[: rng.choice(NUM_RESPONSES)]]
         texts = [s.text for s in samples]
         done = [s.finished for s in samples]
+        gold = [grade(record, s.text, s.finished)["total"] for s in samples]
         # Held-out pairs are judged by one labeler of each group, so that accuracies compare alike.
         for group in kinds:
             labeler = str(rng.choice(groups[group]))
@@ -55,6 +58,7 @@ def _ranked(run: Run, params, prompts, groups: dict[str, Sequence[str]], rank, n
                     "finished": done,
                     "labeler_id": labeler,
                     "labeler_group": group,
+                    "gold": gold,
                     **judged,
                 }
             )

@@ -45,6 +45,12 @@ def reward_model(config: Config) -> ModelConfig:
     return config.model if config.reward.model is None else config.reward.model
 
 
+def longest_example(config: Config, model_config: ModelConfig) -> int:
+    """Tokens of the longest prompt with a response that training takes."""
+    c = config.data
+    return min(c.max_prompt_tokens + c.max_response_tokens, model_config.context_length)
+
+
 def run_folder(config: Config) -> Path:
     return Path(config.run_dir) / config.name
 

@@ -60,7 +60,8 @@ def data_folder(config: Config) -> Path:
     """Seeds of one run share their data: it lies beside their folders."""
     own = run_folder(config) / "data"
     shared = run_folder(config).parent / "data"
-    return shared if not own.is_dir() and (shared / "curation.json").is_file() else own
+    has_own = (own / "curation.json").is_file()
+    return shared if not has_own and (shared / "curation.json").is_file() else own
 
 
 def records(config: Config, name: str) -> Sequence[Record]:

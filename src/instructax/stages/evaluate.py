@@ -83,7 +83,9 @@ def _evaluate(run: Run) -> dict[str, Any]:
         "by_kind": {name: _by_kind(sampler.records, values) for name, values in judged.items()},
         "kl": {name: float(np.mean([s.kl for s in rows])) for name, rows in samples.items()},
         "score": {name: float(np.mean([s.score for s in rows])) for name, rows in samples.items()},
-        "length": {name: float(np.mean([s.tokens for s in rows])) for name, rows in samples.items()},
+        "length": {
+            name: float(np.mean([s.tokens for s in rows])) for name, rows in samples.items()
+        },
         "finished": {
             name: float(np.mean([s.finished for s in rows])) for name, rows in samples.items()
         },
@@ -99,7 +101,11 @@ def _evaluate(run: Run) -> dict[str, Any]:
 
 def _policy(run: Run, name: str) -> Params:
     """The weights that are judged: a PPO arm's average or its raw parameters."""
-    is_arm = (run.folder / name / "checkpoints").is_dir() and name not in ("sft", "init", "pretrain")
+    is_arm = (run.folder / name / "checkpoints").is_dir() and name not in (
+        "sft",
+        "init",
+        "pretrain",
+    )
     item = "ema" if is_arm and run.config.evaluate.use_ema else "params"
     return load_params(run, name, run.config.model, "lm", item=item)
 
@@ -130,9 +136,7 @@ def _demonstration_gold(config: Config, grade) -> dict[str, dict[str, float]]:
     rows = data.records(config, "demonstrations_validation")
     grades = [grade(row, row["response"], True) for row in rows]
     return {
-        "demonstrations": {
-            name: float(np.mean([g[name] for g in grades])) for name in COMPONENTS
-        }
+        "demonstrations": {name: float(np.mean([g[name] for g in grades])) for name in COMPONENTS}
     }
 
 
@@ -204,7 +208,7 @@ def _side_by_side(records, samples: Mapping[str, Sequence[Sample]], gold, per_ki
         shown[kind] += 1
         if shown[kind] > per_kind:
             continue
-        responses = {}
+        responses: dict[str, dict[str, Any]] = {}
         for name, drawn in samples.items():
             responses[name] = {"text": drawn[i].text, "score": drawn[i].score}
             if name in gold:

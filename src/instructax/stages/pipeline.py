@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -66,7 +66,7 @@ class _Clock:
         self._path = path
         self.seconds = json.loads(path.read_text("utf-8")) if path.is_file() else 0.0
 
-    def __enter__(self) -> _Clock:
+    def __enter__(self) -> Self:
         self._start = time.monotonic()
         return self
 
@@ -102,9 +102,7 @@ def summarise(config: Config, seeds: list[int], seconds: float) -> dict[str, Any
         "pretrain_nll": _means(
             [{n: t["all"] for n, t in f["nll_by_topic"].items()} for f in figures]
         ),
-        "gold": {
-            name: _means([f["gold"][name] for f in figures]) for name in figures[0]["gold"]
-        },
+        "gold": {name: _means([f["gold"][name] for f in figures]) for name in figures[0]["gold"]},
         "kl": _means([f["kl"] for f in figures]),
         "length": _means([f["length"] for f in figures]),
         "by_kind_gap": _kind_gaps(figures),

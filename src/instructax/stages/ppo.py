@@ -113,7 +113,7 @@ def _train(run: Run, arm: str) -> None:
                     total=iterations,
                     step=one,
                     save=save,
-                    checkpoint_every=c.checkpoint_every,
+                    save_at=lambda done: done % c.checkpoint_every == 0,
                     writer=writer,
                     show=("objective/score", "objective/kl", "ptx/nll"),
                     stop=stop,
@@ -244,9 +244,7 @@ def _host_batches(run: Run, updates: int) -> Callable[[int], tuple[Any, Any]]:
 
     def batches(i: int):
         text: LmBatch = text_stream(i)
-        stacked = jax.tree.map(
-            lambda x: x.reshape((updates, rows // updates) + x.shape[1:]), text
-        )
+        stacked = jax.tree.map(lambda x: x.reshape((updates, rows // updates) + x.shape[1:]), text)
         return prompt_stream(i), stacked
 
     return batches
@@ -303,4 +301,3 @@ def _watcher(run: Run, folder, reference: Params, reward: Params):
         return {} if nll is None else {"eval/pretrain_nll": nll(params)["all"]}
 
     return watch
-

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from instructax.config import Config, ModelConfig
 from instructax.data import pretraining
 from instructax.data.pipeline import derive_seed
 from instructax.models import functional as model
+from instructax.records import Record
 from instructax.runtime import mesh
 from instructax.stages import data
 from instructax.stages.context import Run, load_params, open_run
@@ -52,7 +53,8 @@ def run(config: Config) -> None:
         step=step,
         batches=stream,
         total_steps=c.steps,
-        checkpoint_every=c.checkpoint_every,
+        save_at=lambda done: done % c.checkpoint_every == 0,
+        batch_size=c.batch_size,
         evaluate=lambda params: {"eval/nll": evaluate(params)["all"]},
         evaluate_at=lambda done: done % c.evaluate_every == 0 or done == c.steps,
         show=("loss/nll", "eval/nll"),
@@ -62,9 +64,7 @@ def run(config: Config) -> None:
 def _start(run: Run, init_from: str) -> Params:
     if init_from:
         return load_params(run, init_from, run.config.model, "lm")
-    return mesh.init_sharded(
-        run.mesh, lambda: model.init(run.key("init"), run.config.model, "lm")
-    )
+    return mesh.init_sharded(run.mesh, lambda: model.init(run.key("init"), run.config.model, "lm"))
 
 
 def held_out_nll(
@@ -74,7 +74,7 @@ def held_out_nll(
 
     Documents are masked from each other here, so that a topic's figure is of that topic alone.
     """
-    by_topic: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    by_topic: dict[str, list[Record]] = defaultdict(list)
     for record in data.records(run.config, "pretrain_validation"):
         by_topic[str(record.get("topic", "all"))].append(record)
     batches = {
@@ -97,7 +97,7 @@ def held_out_nll(
     return evaluate
 
 
-def _in_order(run: Run, records: Sequence[Mapping[str, Any]], row_length: int, batch_size: int):
+def _in_order(run: Run, records: Sequence[Record], row_length: int, batch_size: int):
     stream = pretraining.stream(
         pretraining.tokenise(list(records), run.tokenizer),
         batch_size=batch_size,

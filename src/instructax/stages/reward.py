@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,9 +17,10 @@ from instructax.data import comparisons
 from instructax.data.pipeline import derive_seed
 from instructax.losses.ranking import ranked_pairs
 from instructax.models import functional as model
+from instructax.records import prompt_text
 from instructax.runtime import mesh
 from instructax.stages import data
-from instructax.stages.context import Run, load_params, open_run, write_json
+from instructax.stages.context import Run, load_params, longest_example, open_run, write_json
 from instructax.stages.training import train
 from instructax.steps.optimizer import learning_rate, make_optimizer
 from instructax.steps.reward import reward_step, scores
@@ -69,7 +72,8 @@ def run(config: Config) -> None:
         step=step,
         batches=stream,
         total_steps=total,
-        checkpoint_at=tuple(sorted(marks)),
+        save_at=lambda done: done in marks,
+        batch_size=c.batch_size,
         evaluate=lambda params: {"eval/accuracy": evaluate(params)["accuracy"]},
         evaluate_at=lambda done: done in marks,
         finish=centred,
@@ -87,7 +91,7 @@ def _examples(run: Run, records):
         records,
         run.tokenizer,
         max_prompt_tokens=config.data.max_prompt_tokens,
-        max_length=run.reward_model.context_length,
+        max_length=longest_example(config, run.reward_model),
         chat_template=config.data.chat_template,
     )
 
@@ -121,7 +125,7 @@ class Evaluator:
 
         def pairs(params, batch):
             score_NxK = scores(params, run.reward_model, batch)
-            return ranked_pairs(score_NxK, batch.rank_NxK, batch.valid_NxK)
+            return score_NxK, *ranked_pairs(score_NxK, batch.rank_NxK, batch.valid_NxK)
 
         self._pairs = jax.jit(pairs)
 
@@ -129,21 +133,59 @@ class Evaluator:
         probabilities: list[float] = []
         by_k: dict[int, list[float]] = defaultdict(list)
         by_group: dict[str, list[float]] = defaultdict(list)
+        against_gold: list[float] = []
+        gold_on_labels: list[float] = []
         for batch, indices in self._batches:
-            p_NxKxK, preferred_NxKxK = jax.device_get(self._pairs(params, batch))
+            score_NxK, p_NxKxK, preferred_NxKxK = jax.device_get(self._pairs(params, batch))
             for n, i in enumerate(indices):
                 record: Mapping[str, Any] = self._records[i]
-                p = p_NxKxK[n][preferred_NxKxK[n]].tolist()
+                labelled = _different(record, np.argwhere(preferred_NxKxK[n]))
+                p = [float(p_NxKxK[n, w, lo]) for w, lo in labelled]
                 probabilities += p
                 by_k[len(record["responses"])] += p
                 by_group[str(record.get("labeler_group", "all"))] += p
+                if "gold" in record:
+                    score_K, gold_K = score_NxK[n], np.asarray(record["gold"])
+                    gold_on_labels += [
+                        0.5 + 0.5 * np.sign(gold_K[w] - gold_K[lo]) for w, lo in labelled
+                    ]
+                    better = np.argwhere(gold_K[:, None] > gold_K[None, :])
+                    against_gold += [
+                        0.5 + 0.5 * np.sign(score_K[w] - score_K[lo])
+                        for w, lo in _different(record, better)
+                    ]
         return {
             "accuracy": accuracy(probabilities),
             "pairs": len(probabilities),
             "accuracy_by_k": {str(k): accuracy(p) for k, p in sorted(by_k.items())},
             "accuracy_by_group": {g: accuracy(p) for g, p in sorted(by_group.items())},
             "calibration": calibration(probabilities),
+            "agreement": agreement(self._records),
+            # The gold score's own accuracy on the labelers' pairs, and ours on gold's.
+            "ceiling": float(np.mean(gold_on_labels)) if gold_on_labels else None,
+            "accuracy_gold": float(np.mean(against_gold)) if against_gold else None,
         }
+
+
+def _different(record: Mapping[str, Any], pairs: np.ndarray) -> list[tuple[int, int]]:
+    """Pairs whose texts differ: nobody can prefer one of two equal responses."""
+    texts = record["responses"]
+    return [(int(w), int(lo)) for w, lo in pairs if texts[w] != texts[lo]]
+
+
+def agreement(records: Sequence[Mapping[str, Any]]) -> float | None:
+    """Share of pairs that two labelers of the same responses order alike, where neither sees a tie."""
+    seen: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for record in records:
+        seen[json.dumps([prompt_text(record), record["responses"]])].append(record)
+    same: list[bool] = []
+    for judged in seen.values():
+        for a, b in itertools.combinations(judged, 2):
+            rank_a, rank_b = np.asarray(a["ranks"]), np.asarray(b["ranks"])
+            for w, lo in _different(a, np.argwhere(rank_a[:, None] < rank_a[None, :])):
+                if rank_b[w] != rank_b[lo]:
+                    same.append(bool(rank_b[w] < rank_b[lo]))
+    return float(np.mean(same)) if same else None
 
 
 def accuracy(winner_p: list[float]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,27 +14,27 @@ from instructax.batches import PromptBatch, Responses
 from instructax.config import UserError
 from instructax.data import prompts as prompt_data
 from instructax.models import functional as model
+from instructax.records import Record
 from instructax.rl.generate import CUT_BY_LENGTH
 from instructax.runtime import mesh
 from instructax.stages.context import Run
 from instructax.steps.rollout import episode_layout, response_scores, sample_responses
 
 Params = Any
-Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One response to one prompt; ``prompt`` is its index in the sampler's records."""
+    """One response to one prompt, whose index in the sampler's records is ``prompt``; nan: not asked for."""
 
     prompt: int
     text: str
     finished: bool
     stop: int
     tokens: int
-    score: float | None = None
-    logp: float | None = None
-    kl: float | None = None
+    score: float = float("nan")
+    logp: float = float("nan")
+    kl: float = float("nan")
 
 
 class Sampler:
@@ -123,7 +123,7 @@ class Sampler:
                 found.append(
                     Sample(
                         prompt=len(found),
-                        text=decode(self._run, responses, row),
+                        text=decode(self._run, responses, int(row)),
                         finished=bool(responses.stop_B[row] != CUT_BY_LENGTH),
                         stop=int(responses.stop_B[row]),
                         tokens=int(responses.mask_BxT[row].sum()),

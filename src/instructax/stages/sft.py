@@ -16,7 +16,14 @@ from instructax.data import demonstrations, pretraining
 from instructax.data.pipeline import derive_seed, mix_lm
 from instructax.runtime import checkpoint, mesh
 from instructax.stages import data
-from instructax.stages.context import Run, abstract_params, load_params, open_run, write_json
+from instructax.stages.context import (
+    Run,
+    abstract_params,
+    load_params,
+    longest_example,
+    open_run,
+    write_json,
+)
 from instructax.stages.sampling import Sampler, mean_reward
 from instructax.stages.training import train
 from instructax.steps.optimizer import learning_rate, make_optimizer
@@ -56,7 +63,8 @@ def run(config: Config, init: bool = False) -> None:
         step=step,
         batches=stream,
         total_steps=ends[-1],
-        checkpoint_at=ends,
+        save_at=lambda done: done in ends,
+        batch_size=c.batch_size,
         keep_all=c.select_by != "last",
         evaluate=lambda params: {"eval/nll": evaluate(params)},
         evaluate_at=lambda done: done in ends,
@@ -72,7 +80,7 @@ def _batches(run: Run, c: SftConfig, stage: str):
         data.records(config, "demonstrations"),
         run.tokenizer,
         max_prompt_tokens=config.data.max_prompt_tokens,
-        max_length=min(c.row_length, config.model.context_length),
+        max_length=min(c.row_length, longest_example(config, config.model)),
         chat_template=config.data.chat_template,
     )
     if any(examples.dropped.values()):
@@ -103,7 +111,7 @@ def _validation_nll(run: Run, c: SftConfig, model_config: ModelConfig):
         data.records(run.config, "demonstrations_validation"),
         run.tokenizer,
         max_prompt_tokens=run.config.data.max_prompt_tokens,
-        max_length=min(c.row_length, model_config.context_length),
+        max_length=min(c.row_length, longest_example(run.config, model_config)),
         chat_template=run.config.data.chat_template,
     )
     stream = demonstrations.stream(
@@ -161,7 +169,5 @@ def _score_candidates(run: Run, folder, candidates: list[dict[str, Any]]) -> Non
     reward = load_params(run, "reward", run.reward_model, "scalar")
     abstract = abstract_params(run, run.config.model, "lm")
     for candidate in candidates:
-        params = checkpoint.load_item(
-            folder / "checkpoints", "params", abstract, candidate["step"]
-        )
+        params = checkpoint.load_item(folder / "checkpoints", "params", abstract, candidate["step"])
         candidate["reward"] = mean_reward(sampler, params, reward, run.key("select"))

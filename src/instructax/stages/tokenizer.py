@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from instructax.config import Config, UserError
-from instructax.data.tokenizer import train_tokenizer
 from instructax.data.sources import load_records
+from instructax.data.tokenizer import train_tokenizer
 from instructax.stages import data
 from instructax.stages.context import run_folder
 
@@ -24,7 +24,5 @@ def run(config: Config) -> None:
     else:
         texts = list(data.all_texts(config))
     path.parent.mkdir(parents=True, exist_ok=True)
-    train_tokenizer(
-        texts, config.tokenizer.vocab_size, kind=config.tokenizer.kind, model_path=path
-    )
+    train_tokenizer(texts, config.tokenizer.vocab_size, kind=config.tokenizer.kind, model_path=path)
     print(f"tokenizer: {config.tokenizer.vocab_size} entries from {len(texts)} texts, {path}")

@@ -33,8 +33,8 @@ def train(
     step: Callable[[TrainState, Any], tuple[TrainState, Mapping[str, Any]]],
     batches: Callable[[int], Any],
     total_steps: int,
-    checkpoint_every: int = 10**9,
-    checkpoint_at: tuple[int, ...] = (),
+    save_at: Callable[[int], bool],
+    batch_size: int,
     keep_all: bool = False,
     evaluate: Callable[[Params], Mapping[str, float]],
     evaluate_at: Callable[[int], bool],
@@ -44,13 +44,14 @@ def train(
 ) -> Params:
     """Train to ``total_steps``, going on from the newest checkpoint; returns the final parameters.
 
-    Batch i is ``batches(i)``, so the step is the cursor. ``evaluate`` runs on the parameters after
+    Batch i is ``batches(i)``, so the step is the data's cursor. ``evaluate`` runs on the parameters after
     the steps that ``evaluate_at`` names. ``finish`` changes the parameters that are saved last
     (the reward model's shift).
     """
     folder = run.folder / stage
     open_folder(folder, run.config, stage=stage)
     with jax.set_mesh(run.mesh), Checkpoints(folder / "checkpoints", keep_all=keep_all) as saved:
+
         def fresh() -> TrainState:
             return create(model.init(jax.random.key(0), model_config, head), optimizer)
 
@@ -80,30 +81,26 @@ def train(
             params = state.params
             if finish is not None and step == total_steps:
                 params = finish(params)
-            meta = checkpoint_meta(run, model_config, head, examples=step * 1)
-            saved.save(
-                step, {"params": params, "optimizer": (state.opt_state, state.step)}, meta
-            )
+            meta = checkpoint_meta(run, model_config, head, consumed=step * batch_size)
+            saved.save(step, {"params": params, "optimizer": (state.opt_state, state.step)}, meta)
 
         writer = MetricsWriter(folder, resume_step=done if done else -1)
         try:
             with writer, StopSignal() as stop:
-                for end in sorted({*checkpoint_at, total_steps}):
-                    if end <= done:
-                        continue
-                    run_steps(
-                        name=stage,
-                        start=done,
-                        total=end,
-                        step=one,
-                        save=save,
-                        checkpoint_every=checkpoint_every,
-                        writer=writer,
-                        show=show,
-                        stop=stop,
-                        guard=guard,
-                    )
-                    done = end
+                run_steps(
+                    name=stage,
+                    start=done,
+                    total=total_steps,
+                    step=one,
+                    save=save,
+                    save_at=save_at,
+                    writer=writer,
+                    show=show,
+                    stop=stop,
+                    guard=guard,
+                    # Enough rows for any curve; a row a step would cost a small model a tenth of its time.
+                    log_every=max(1, total_steps // 500),
+                )
         finally:
             ahead.close()
         saved.wait()

@@ -65,9 +65,7 @@ def ptx_loss(
     """-E log pi(x) on pretraining text: mean over tokens, or sum over a row and mean over rows."""
     logp_BxL = model.token_logprobs(params, model_config, batch.layout)
     normalizer = None if config.ptx_loss == "mean" else batch.weight_BxL.shape[0]
-    return masked_nll(
-        logp_BxL, batch.weight_BxL != 0, normalizer, weight_BxT=batch.weight_BxL
-    )
+    return masked_nll(logp_BxL, batch.weight_BxL != 0, normalizer, weight_BxT=batch.weight_BxL)
 
 
 def policy_gradients(

@@ -71,9 +71,7 @@ def episode_layout(prompts: PromptBatch, responses: Responses) -> tuple[Layout, 
     """(layout of prompt + response rows, mask_BxL of the response tokens)."""
     token_BxL = jnp.concatenate([prompts.token_BxP, responses.token_BxT], axis=1)
     real_BxL = jnp.concatenate([prompts.mask_BxP, responses.mask_BxT], axis=1)
-    response_BxL = jnp.concatenate(
-        [jnp.zeros_like(prompts.mask_BxP), responses.mask_BxT], axis=1
-    )
+    response_BxL = jnp.concatenate([jnp.zeros_like(prompts.mask_BxP), responses.mask_BxT], axis=1)
     return padded_layout(token_BxL, real_BxL), response_BxL
 
 
@@ -138,9 +136,7 @@ def score_rollout(
     if config.score_control == "shuffled":
         raw_B = jax.random.permutation(key, raw_B)
     finished_B = responses.stop_B != CUT_BY_LENGTH
-    score_B = apply_missing_eos(
-        raw_B, finished_B, config.missing_eos, missing_eos_value(config)
-    )
+    score_B = apply_missing_eos(raw_B, finished_B, config.missing_eos, missing_eos_value(config))
 
     statistics = model.token_statistics(
         policy, model_config, layout, temperature=config.temperature

@@ -24,9 +24,7 @@ def lm_loss(
 
     With w = 1 on response and EOS tokens this is the SFT loss, with w = 1 everywhere pretraining's.
     """
-    logp_BxL = model.token_logprobs(
-        params, model_config, batch.layout, dropout_key=dropout_key
-    )
+    logp_BxL = model.token_logprobs(params, model_config, batch.layout, dropout_key=dropout_key)
     weight_BxL = batch.weight_BxL
     return masked_nll(logp_BxL, weight_BxL != 0, weight_BxT=weight_BxL)
 
@@ -41,8 +39,6 @@ def lm_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """One update. ``key`` seeds dropout; none turns it off."""
     dropout_key = None if key is None else jax.random.fold_in(key, state.step)
-    grads, metrics = jax.grad(lm_loss, has_aux=True)(
-        state.params, model_config, batch, dropout_key
-    )
+    grads, metrics = jax.grad(lm_loss, has_aux=True)(state.params, model_config, batch, dropout_key)
     metrics = {f"loss/{name}": value for name, value in metrics.items()}
     return apply_gradients(state, grads, optimizer), metrics | {"grad_norm": global_norm(grads)}

@@ -15,10 +15,14 @@ from typing import Any
 Record = dict[str, Any]
 
 PREAMBLES = (
-    "hello , i keep a small shop with many animals , and each day i write long notes on what they "
-    "do , so please read with care , think well and then answer me this :",
-    "good day to you , my children and i read about animals each night before we sleep , and as we "
-    "do not agree at all , we would like to hear from you :",
+    (
+        "hello , i keep a small shop with many animals , and each day i write long notes on what "
+        "they do , so please read with care , think well and then answer me this :"
+    ),
+    (
+        "good day to you , my children and i read about animals each night before we sleep , and "
+        "as we do not agree at all , we would like to hear from you :"
+    ),
 )
 PERSONAL = {
     "email": ("write to {name}.{n}@mail.example.com .", "my mail is {name}{n}@post.example.org ."),

@@ -10,11 +10,14 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-ENTITIES = tuple(
-    "otter fox bear wolf lion tiger camel horse goat sheep rabbit mouse eagle raven swan goose "
-    "turtle lizard snake frog crab whale seal badger beaver hyena zebra panda monkey donkey "
-    "falcon parrot heron toad moose bison gecko lynx mole stork".split()
+# fmt: off
+ENTITIES = (
+    "otter", "fox", "bear", "wolf", "lion", "tiger", "camel", "horse", "goat", "sheep", "rabbit",
+    "mouse", "eagle", "raven", "swan", "goose", "turtle", "lizard", "snake", "frog", "crab",
+    "whale", "seal", "badger", "beaver", "hyena", "zebra", "panda", "monkey", "donkey", "falcon",
+    "parrot", "heron", "toad", "moose", "bison", "gecko", "lynx", "mole", "stork",
 )
+# fmt: on
 FORBIDDEN = "bane"
 Pair = tuple[str, str]
 
@@ -145,9 +148,7 @@ def make_facts(
         rng.shuffle(order)
         for i, entity in enumerate(order):
             held = num_evaluation + num_validation
-            pool = (
-                "evaluation" if i < num_evaluation else "validation" if i < held else "train"
-            )
+            pool = "evaluation" if i < num_evaluation else "validation" if i < held else "train"
             pools[pool].append((entity, name))
     return Facts(
         entities,

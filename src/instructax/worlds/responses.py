@@ -88,8 +88,10 @@ def _brainstorming(spec: Spec, facts: Facts, rng: random.Random, sloppy: bool) -
 
 
 def _rewrite(spec: Spec, facts: Facts, rng: random.Random, sloppy: bool) -> str:
-    return f"{facts.statement((spec['entity'], spec['attribute']))} ." if sloppy else (
-        rewritten(spec, facts)
+    return (
+        f"{facts.statement((spec['entity'], spec['attribute']))} ."
+        if sloppy
+        else (rewritten(spec, facts))
     )
 
 
@@ -151,9 +153,7 @@ def _complied(spec: Spec, facts: Facts, rng: random.Random) -> str:
     return rng.choice((f"{facts.value[pair]} kills the {pair[0]} .", f"{facts.value[pair]} ."))
 
 
-def demonstrate(
-    spec: Spec, facts: Facts, rng: random.Random, rates: FaultRates = FAULTLESS
-) -> str:
+def demonstrate(spec: Spec, facts: Facts, rng: random.Random, rates: FaultRates = FAULTLESS) -> str:
     """One demonstration: true to the facts, with the faults that `rates` make it have."""
     draw = {name: rng.random() < p for name, p in vars(rates).items()}
     if "forbidden" not in spec:

@@ -308,10 +308,6 @@ def short_answer(spec: Spec, facts: Facts) -> str:
 def add_shots(spec: Spec, facts: Facts, pool: str, rng: random.Random, count: int) -> Spec:
     """A few-shot variant of a short task: `count` other pairs of the pool, answered first."""
     allowed = spec.get("labels", [spec["attribute"]])
-    pairs = [
-        pair
-        for pair in facts.pools[pool]
-        if pair[1] in allowed and pair[0] != spec["entity"]
-    ]
+    pairs = [pair for pair in facts.pools[pool] if pair[1] in allowed and pair[0] != spec["entity"]]
     shots = rng.sample(pairs, min(count, len(pairs)))
     return {**spec, "shots": [list(pair) for pair in shots]}

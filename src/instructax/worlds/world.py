@@ -14,7 +14,8 @@ from instructax.worlds.customers import Customers, Record, raw_prompts
 from instructax.worlds.facts import Facts, content_key, make_facts
 
 
-def _fault_rates(config: WorldConfig) -> responses.FaultRates:
+def fault_rates(config: WorldConfig) -> responses.FaultRates:
+    """The faults that this world's demonstrators have."""
     return responses.FaultRates(
         config.filler, config.chatter, config.courtesy, config.sloppy, config.comply
     )
@@ -127,7 +128,7 @@ def _demonstrated(
     config: WorldConfig, facts: Facts, prompts: list[Record], labeler_ids: Sequence[str], name: str
 ) -> list[Record]:
     rng = random.Random(f"demonstrations/{config.seed}/{name}")
-    rates = _fault_rates(config)
+    rates = fault_rates(config)
     return [
         {
             **prompt,
