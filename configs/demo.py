@@ -15,8 +15,8 @@ from instructax.config import (
     WorldConfig,
 )
 
-VOCABULARY = 512
-PROMPT, RESPONSE = 64, 24
+VOCABULARY = 960
+PROMPT, RESPONSE = 52, 30
 
 
 def config() -> Config:
@@ -26,16 +26,16 @@ def config() -> Config:
         num_heads=4,
         vocab_size=VOCABULARY,
         vocab_multiple=64,
-        context_length=PROMPT + RESPONSE + 40,
+        context_length=96,
         init_std=0.08,
         remat="none",
     )
     rate = OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_steps=8, warmup_from=0.1)
     return Config(
         name="demo",
-        tokenizer=TokenizerConfig(vocab_size=VOCABULARY, kind="unigram"),
+        tokenizer=TokenizerConfig(vocab_size=VOCABULARY, kind="bpe"),
         data=DataConfig(
-            world=WorldConfig(),
+            world=WorldConfig(seed=7),
             dedup_prefix_chars=96,
             max_prompt_tokens=PROMPT,
             max_response_tokens=RESPONSE,
@@ -69,27 +69,27 @@ def config() -> Config:
         reward=RewardConfig(
             optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=10),
             batch_size=16,
-            row_length=320,
+            row_length=256,
             epochs=2,
         ),
         ppo=PpoConfig(
-            kl_coef=0.15,
+            kl_coef=0.2,
             ptx_coef=1.0,
-            episodes=60 * 128,
-            batch_size=128,
-            minibatch_size=32,
+            episodes=60 * 96,
+            batch_size=96,
+            minibatch_size=24,
             policy_optimizer=OptimizerConfig(
                 learning_rate=3e-4, schedule="constant", warmup_steps=8, warmup_from=0.1
             ),
             value_optimizer=rate,
-            ema_decay=0.95,
+            ema_decay=0.92,
             normalize_reward=True,
             ptx_examples_per_episode=1,
             ptx_row_length=64,
             prompt_length=PROMPT,
             response_length=RESPONSE,
             checkpoint_every=20,
-            sample_every=20,
+            sample_every=15,
         ),
         arms=(
             Arm("ppo_ptx"),

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 
 import pytest
 
 from instructax.config import UserError
-from instructax.data.convert import helpful_harmless, open_assistant, plain_text, self_instruct
+from instructax.data.convert import (
+    helpful_harmless,
+    main,
+    open_assistant,
+    plain_text,
+    self_instruct,
+)
 from instructax.data.sources import parse_line
 from instructax.records import RecordError, validate_record
 
@@ -100,3 +107,36 @@ def test_real_files_convert_to_valid_records(real_data):
     for kind, records in (("comparison", trees), ("comparison", pairs)):
         for record in records:
             validate_record(kind, record, "x:1")
+
+
+def test_command_line(tmp_path, capsys):
+    source, out = tmp_path / "in.jsonl", tmp_path / "new" / "out.jsonl"
+    task = {"instruction": "Add.", "instances": [{"input": "1 2", "output": "3"}], "id": "t"}
+    empty = {"instruction": "Say.", "instances": [{"input": "", "output": ""}]}
+    source.write_text(f"{json.dumps(task)}\n{json.dumps(empty)}\n")
+    assert main(["self_instruct", str(source), str(out)]) == 0
+    (record,) = map(json.loads, out.read_text().splitlines())
+    assert (record["prompt"], record["response"]) == ("Add.\n\n1 2", "3")
+    assert "1 records" in (said := capsys.readouterr().out) and "left out: 1 x" in said
+    (tmp_path / "a.txt").write_text("text")
+    assert main(["plain_text", str(tmp_path / "a.txt"), str(out)]) == 0
+    assert json.loads(out.read_text()) == {"text": "text", "topic": "a"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "says"),
+    [
+        ("self_instruct", "{}", "in.jsonl:1: is not in the format self_instruct"),
+        ("open_assistant", "[]", "in.jsonl:1: is not in the format open_assistant"),
+        ("helpful_harmless", '{"chosen": 1, "rejected": 2}', "is not in the format"),
+        ("helpful_harmless", "{", "in.jsonl:1: "),
+        ("self_instruct", '{"instruction": "a", "instances": []}', "no record is left"),
+    ],
+)
+def test_command_line_refuses_in_one_line(kind, content, says, tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_text(content)
+    assert main([kind, str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("instructax: ") and error.count("\n") == 1 and says in error
+    assert main([kind, str(tmp_path / "none"), str(tmp_path / "out.jsonl")]) == 2
+    assert not (tmp_path / "out.jsonl").exists()

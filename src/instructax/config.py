@@ -318,6 +318,8 @@ class RewardConfig:
     """Prompts of a global batch, all pairs of a prompt together (up to 64 * 36 pairs)."""
     row_length: int = 2048
     """Slots of a model row: one prompt, its responses behind it, several prompts where they fit."""
+    packed: bool = True
+    """Several prompts with their responses in a row where they fit; false gives each prompt a row."""
     epochs: int = 1
     """Passes; more overfit quickly (InstructGPT)."""
     loss: Literal["pairwise", "best_of_k"] = "pairwise"

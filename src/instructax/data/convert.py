@@ -1,16 +1,22 @@
-"""Public formats to records. Each converter returns the records and a count of what it left out, by reason."""
+"""Public formats to records. Each converter returns the records and a count of what it left out, by reason.
+
+From the command line: ``python -m instructax.data.convert KIND INPUT [INPUT ...] OUTPUT.jsonl``.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import re
+import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from instructax.config import UserError
-from instructax.data.sources import text_record
+from instructax.data.sources import parse_line, text_record
 from instructax.records import Record, RecordError, validate_record
 
 Converted = tuple[list[Record], dict[str, int]]
@@ -26,7 +32,8 @@ def open_assistant(
     """OpenAssistant conversation trees to comparisons: a prompter's message path and its ranked replies.
 
     Kept are paths of undeleted messages in ``language`` and, below them, undeleted assistant replies
-    with a rank, at least ``min_responses``; of more than ``max_responses`` the best ranked.
+    with a rank, at least ``min_responses``; of more than ``max_responses`` the best ranked. The tree's
+    id stands as ``user_id``, so that a split never parts a conversation from its own beginning.
     """
     records: list[Record] = []
     left_out: Counter[str] = Counter()
@@ -67,6 +74,8 @@ def open_assistant(
                 "ranks": [r["rank"] for r in best],
                 "message_id": node.get("message_id", ""),
             }
+            if "message_tree_id" in tree:
+                record["user_id"] = tree["message_tree_id"]
             _keep(records, left_out, "comparison", record)
     return records, _counts(left_out)
 
@@ -141,3 +150,72 @@ def _keep(records: list[Record], left_out: Counter[str], kind: str, record: Reco
 
 def _counts(left_out: Counter[str]) -> dict[str, int]:
     return {reason: count for reason, count in left_out.items() if count}
+
+
+_CONVERTERS = {
+    "open_assistant": open_assistant,
+    "self_instruct": self_instruct,
+    "helpful_harmless": helpful_harmless,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Convert files; exit code 0 done, 2 refused with one line on stderr."""
+    parser = argparse.ArgumentParser(
+        prog="python -m instructax.data.convert", description="Public formats to records."
+    )
+    parser.add_argument("kind", choices=[*_CONVERTERS, "plain_text"], help="format of the input")
+    parser.add_argument("input", nargs="+", help="JSON Lines; for plain_text, text files")
+    parser.add_argument("output", help="JSON Lines of records to write")
+    arguments = parser.parse_args(argv)
+    try:
+        records, left_out = _convert(arguments.kind, arguments.input)
+        if not records:
+            raise UserError(f"{', '.join(arguments.input)}: no record is left ({left_out})")
+        _write(Path(arguments.output), records)
+    except UserError as error:
+        print(f"instructax: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(f"{arguments.kind}: {len(records)} records in {arguments.output}")
+    for reason, count in sorted(left_out.items()):
+        print(f"  left out: {count} x {reason}")
+    return 0
+
+
+def _convert(kind: str, paths: Sequence[str]) -> Converted:
+    if kind == "plain_text":
+        return list(plain_text(paths)), {}
+    records: list[Record] = []
+    left_out: Counter[str] = Counter()
+    for path in paths:
+        try:
+            lines = Path(path).read_bytes().splitlines()
+        except OSError as error:
+            raise UserError(f"{path}: cannot read ({error.strerror}); name a file") from None
+        # Line by line, so that what a converter cannot take is refused with its place.
+        for number, line in enumerate(lines, start=1):
+            where = f"{path}:{number}"
+            try:
+                found, counts = _CONVERTERS[kind]([parse_line(line, where)])
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
+                raise UserError(
+                    f"{where}: is not in the format {kind} ({error!r}); name another file or kind"
+                ) from None
+            records += found
+            left_out.update(counts)
+    return records, dict(left_out)
+
+
+def _write(path: Path, records: Sequence[Record]) -> None:
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); name another") from None
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from instructax.config import Config, ModelConfig, UserError
 from instructax.data.tokenizer import Tokenizer
+from instructax.interop import safetensors_io
 from instructax.models import functional as model
 from instructax.runtime import checkpoint, mesh
 from instructax.runtime.distributed import initialize_if_needed
@@ -101,20 +102,22 @@ def abstract_params(run: Run, model_config: ModelConfig, head: str) -> Params:
 def load_params(
     run: Run, source: str, model_config: ModelConfig, head: str, item: str = "params"
 ) -> Params:
-    """Weights of an earlier stage of this run (``"sft"``), or of another run's stage folder.
+    """Weights of an earlier stage of this run (``"sft"``), another run's stage folder, or a .safetensors file.
 
     Where a stage has chosen among its checkpoints (``chosen.json``), the chosen one.
 
     Raises:
       UserError: nothing there, another tokenizer, another head or another architecture.
     """
+    if source.endswith(".safetensors"):
+        return _imported(run, source, model_config, head)
     folder = run.folder / source
     if not folder.is_dir():
         folder = Path(source)
     if not (folder / "checkpoints").is_dir():
         raise UserError(
             f"no checkpoints of {source!r} in {run.folder}, nor at {source}; run that stage first "
-            "or name a stage's folder"
+            "or name a stage's folder or a .safetensors file"
         )
     step = None
     if (folder / "chosen.json").is_file():
@@ -130,6 +133,26 @@ def load_params(
     return checkpoint.load_item(
         folder / "checkpoints", item, abstract_params(run, model_config, head), step
     )
+
+
+# Fields in which weights may differ from the model that takes them up: nothing computed depends on them.
+_NOT_OF_WEIGHTS = frozenset(
+    ("dropout", "remat", "compute_dtype", "vocab_multiple", "init_std", "scale_residual_init")
+)
+
+
+def _imported(run: Run, path: str, model_config: ModelConfig, head: str) -> Params:
+    found = safetensors_io.import_params(path, vocab_multiple=model_config.vocab_multiple)
+    if found.tokenizer and found.tokenizer != run.tokenizer.hash:
+        raise UserError(f"{path} belongs to another tokenizer (hash {found.tokenizer[:12]})")
+    if found.head != head:
+        raise UserError(f"{path} holds a {found.head} head, a {head} head is needed")
+    for field in dataclasses.fields(ModelConfig):
+        theirs, ours = (getattr(c, field.name) for c in (found.model, model_config))
+        if theirs != ours and field.name not in _NOT_OF_WEIGHTS:
+            raise UserError(f"{path} has {field.name} = {theirs}, this run's model {ours}")
+    abstract = abstract_params(run, model_config, head)
+    return jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), found.params, abstract)
 
 
 def write_json(path: Path, value: Any) -> None:

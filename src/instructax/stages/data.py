@@ -16,7 +16,7 @@ from typing import Any
 from instructax.config import Config, UserError
 from instructax.data import curation
 from instructax.data.sources import load_records
-from instructax.records import Record, prompt_text
+from instructax.records import PROMPT_SOURCES, Record, prompt_text
 from instructax.stages.context import run_folder, write_json
 
 KINDS = {
@@ -195,7 +195,9 @@ def _from_files(config: Config) -> tuple[dict[str, list[Record]], dict[str, Any]
 
 
 def _as_prompt(record: Record) -> Record:
-    return {key: value for key, value in record.items() if key != "response"}
+    """A demonstration's ``source`` may be anything, a prompt's is one of four kinds."""
+    gone = {"response"} if record.get("source") in PROMPT_SOURCES else {"response", "source"}
+    return {key: value for key, value in record.items() if key not in gone}
 
 
 def _curate(config: Config, rows: Sequence[Record]) -> tuple[list[Record], list[dict[str, Any]]]:

@@ -19,6 +19,7 @@ from instructax.stages import data
 from instructax.stages.context import Run, load_params, open_run, write_json
 from instructax.stages.pretrain import held_out_nll
 from instructax.stages.sampling import Sample, Sampler
+from instructax.stages.trajectories import trajectory
 
 Params = Any
 BASELINE = "sft"
@@ -95,8 +96,20 @@ def _evaluate(run: Run) -> dict[str, Any]:
             for name in judged
             if name != BASELINE and BASELINE in judged
         },
+        "trajectories": _trajectories(run, grade),
         "samples": _side_by_side(sampler.records, samples, gold),
     }
+
+
+def _trajectories(run: Run, grade) -> list[dict[str, Any]]:
+    records = {
+        str(record.get("id", i)): record
+        for i, record in enumerate(data.records(run.config, "prompts_validation"))
+    }
+    arms = [
+        arm.name for arm in run.config.arms if (run.folder / arm.name / "samples.jsonl").is_file()
+    ]
+    return [row for arm in arms for row in trajectory(run.folder, arm, records, grade)]
 
 
 def _policy(run: Run, name: str) -> Params:

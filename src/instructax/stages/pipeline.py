@@ -106,6 +106,7 @@ def summarise(config: Config, seeds: list[int], seconds: float) -> dict[str, Any
         "kl": _means([f["kl"] for f in figures]),
         "length": _means([f["length"] for f in figures]),
         "by_kind_gap": _kind_gaps(figures),
+        "overoptimisation": figures[0]["trajectories"],
     }
     return summary
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -195,9 +196,11 @@ def _programs(
     score_key, order_key = run.key("ppo/shuffled_scores"), run.key("ppo/minibatches")
 
     def iterate(state: PpoState, i: int, prompt_batch, text) -> tuple[PpoState, dict[str, Any]]:
+        began = time.perf_counter()
         batch = mesh.put_batch(run.mesh, prompt_batch)
         policy = state.policy.params
         responses = sample(policy, jax.random.fold_in(rollout_key, i), batch)
+        sampled = _ready_at(responses)
         rollout, metrics, _ = score(
             policy,
             reference,
@@ -208,12 +211,28 @@ def _programs(
             state.kl_coef,
             jax.random.fold_in(score_key, i),
         )
+        scored = _ready_at(rollout)
         state, update_metrics = update(
             state, rollout, text, metrics["objective/kl"], jax.random.fold_in(order_key, i)
         )
-        return state, metrics | update_metrics
+        updated = _ready_at(update_metrics)
+        times = {
+            "timing/rollout": sampled - began,
+            "timing/score": scored - sampled,
+            "timing/update": updated - scored,
+            "elapsed/episodes": (i + 1) * c.batch_size,
+            "elapsed/time": updated - began,
+            "elapsed/fps": c.batch_size / (updated - began),
+        }
+        return state, metrics | update_metrics | times
 
     return iterate
+
+
+def _ready_at(arrays: Any) -> float:
+    """The time at which a program's results are there; the programs of an iteration follow each other anyway."""
+    jax.block_until_ready(arrays)
+    return time.perf_counter()
 
 
 def _host_batches(run: Run, updates: int) -> Callable[[int], tuple[Any, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from instructax.data import comparisons
 from instructax.data.pipeline import derive_seed
 from instructax.losses.ranking import ranked_pairs
 from instructax.models import functional as model
+from instructax.partitioning import BATCH_AXES
 from instructax.records import prompt_text
 from instructax.runtime import mesh
 from instructax.stages import data
@@ -96,7 +98,7 @@ def _examples(run: Run, records):
     )
 
 
-def _stream(run: Run, name: str, *, seed: int, rows: int | None = None):
+def _stream(run: Run, name: str, *, seed: int):
     c = run.config.reward
     examples = _examples(run, data.records(run.config, name))
     if any(examples.dropped.values()):
@@ -106,9 +108,21 @@ def _stream(run: Run, name: str, *, seed: int, rows: int | None = None):
         batch_size=c.batch_size,
         row_length=c.row_length,
         max_responses=c.max_responses,
-        rows=rows,
+        rows=_rows(run, examples) if c.packed else None,
         seed=seed,
     )
+
+
+def _rows(run: Run, examples) -> int:
+    """Rows that hold a batch of prompts of mean size, with a tenth to spare for what does not fit.
+
+    A batch has as many prompts, at most ``batch_size``, as fit into them.
+    """
+    c = run.config.reward
+    slots = c.batch_size * float(examples.slots_n.mean()) * 1.1
+    parts = math.prod(run.mesh.shape[axis] for axis in BATCH_AXES)
+    rows = max(1, math.ceil(slots / c.row_length))
+    return parts * math.ceil(rows / parts)
 
 
 class Evaluator:

@@ -1,0 +1,62 @@
+"""The smallest model that has everything, and batches for it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from instructax.batches import LmBatch, PromptBatch, padded_layout
+from instructax.config import ModelConfig
+from instructax.models import functional as model
+
+VOCAB, EOS, PAD = 23, 2, 0
+MODEL = ModelConfig(
+    num_layers=1,
+    d_model=16,
+    num_heads=2,
+    vocab_size=VOCAB,
+    vocab_multiple=8,
+    context_length=24,
+    init_std=0.3,
+    remat="none",
+)
+
+
+def params(seed: int = 0, head: str = "lm", config: ModelConfig = MODEL):
+    return model.init(jax.random.key(seed), config, head)
+
+
+def tokens(rows: int, length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(3, VOCAB, (rows, length)).astype(np.int32)
+
+
+def prompts(lengths, width: int, seed: int = 0, first_episode: int = 0) -> PromptBatch:
+    """Left-padded prompts; row b's tokens depend on its episode and length alone, not on the width."""
+    rows = [tokens(1, n, seed + first_episode + b)[0] for b, n in enumerate(lengths)]
+    token = np.stack([np.pad(row, (width - row.size, 0)) for row in rows])
+    mask = np.arange(width)[None] >= width - np.asarray(lengths)[:, None]
+    episode = np.arange(first_episode, first_episode + len(rows), dtype=np.int32)
+    return PromptBatch(token, mask, episode)
+
+
+def text(rows: int, length: int, seed: int = 0) -> LmBatch:
+    layout = padded_layout(tokens(rows, length, seed), np.ones((rows, length), bool))
+    weight = np.ones((rows, length), np.float32)
+    weight[:, 0] = 0.0
+    return LmBatch(layout, weight)
+
+
+def rows_of(tree, index):
+    return jax.tree.map(lambda x: x[jnp.asarray(index)], tree)
+
+
+def assert_equal(a, b) -> None:
+    """Bit for bit."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def assert_close(a, b, **tolerance) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
