@@ -1,4 +1,25 @@
-"""The whole recipe on the embedded world, on a laptop."""
+"""The whole recipe on the embedded world: a 0.45M-parameter GPT, two CPU cores, minutes.
+
+    make demo             # or: instructax run --config configs/demo.py
+    make demo SEEDS=3     # intervals over prompts and seeds
+
+Figures, machine and time are in README.md. Deviations from InstructGPT's settings, each for the size of
+the world, all tuned on world seed 1 with run seed 100 and its validation prompts, never on this one's:
+
+- Learning rates: 2e-3 pretraining, 7e-4 SFT and init, 5e-4 reward, 3e-4 PPO. The paper's 1e-5 is for
+  models three thousand times as large.
+- SFT: 3 epochs with 30% pretraining text and no dropout. Facts are learnt in pretraining alone; without the
+  mixture recall of facts fell from .99 to .86 during SFT. The RL init keeps the paper's 2 epochs and 10%.
+- Reward model: 2 epochs, batches of 16 prompts: 2,400 prompts are few.
+- normalize_reward, and beta = .2 on the normalised reward: responses are a dozen tokens, and at .02 the
+  policy leaves the init by far more than 2 nats.
+- gamma = 1 with the mean over tokens. The pretraining gradient's norm is about a fifth of PPO's there
+  (.3 to 1.4); at 27.8 it would be six times PPO's, and with the sum over rows of 64 tokens far more.
+- PPO: 60 iterations of 96 episodes, 4 updates each; one pretraining row of 64 tokens an episode, about as
+  many tokens as the episode has. EMA .92 an iteration: .992 would average over twice the whole run.
+- Arms: `shuffled` permutes the reward model's scores over the responses of an iteration and must not win;
+  `ptx_only` takes the same pretraining steps without RL.
+"""
 
 from instructax.config import (
     Arm,
@@ -35,7 +56,7 @@ def config() -> Config:
         name="demo",
         tokenizer=TokenizerConfig(vocab_size=VOCABULARY, kind="bpe"),
         data=DataConfig(
-            world=WorldConfig(seed=7),
+            world=WorldConfig(seed=8, labeler_noise=0.7),
             dedup_prefix_chars=96,
             max_prompt_tokens=PROMPT,
             max_response_tokens=RESPONSE,

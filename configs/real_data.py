@@ -11,7 +11,16 @@
     python -m instructax sft --config configs/real_data.py
     python -m instructax reward --config configs/real_data.py
 
-FIGURES
+Measured once, seed 0, on two busy CPU cores (1.4 million parameters; about 17 minutes in all, of which
+pretraining 4, SFT 1, reward 11); differences of this size between seeds were not measured:
+
+- Two of the seven training texts are not UTF-8; they were set aside and counted, five novels trained on.
+- Pretraining, 400 steps of 3,056 tokens: 4.95 nats a token on the held-out book, perplexity 142.
+- SFT on 130 demonstrations: validation loss 6.39 nats a token before (read from an epoch at
+  rate 1e-12), 5.56 after 6 epochs; 40 demonstrations held out.
+- Reward model on 91 rankings of 2 to 6 replies: 75.3% of 97 held-out pairs of 26 prompts, conversations
+  apart. Preferring the longer reply gets 67.5% of the same pairs, with a 95% interval of 57% to 78% over
+  prompts: the model is not shown to have learnt more than length.
 """
 
 import os
@@ -84,7 +93,7 @@ def config() -> Config:
         reward=RewardConfig(
             optimizer=OptimizerConfig(learning_rate=2e-4),
             batch_size=4,
-            row_length=2304,
+            row_length=1280,
             epochs=2,
         ),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 
@@ -23,3 +24,18 @@ def real_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("INSTRUCTAX_TEST_DATA is not set to a folder of real data")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def mini_run(tmp_path_factory) -> Path:
+    """The folder of one finished miniature recipe, made once however many workers test."""
+    import recipe
+
+    folder = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        folder = folder.parent  # the one that all workers share
+    run_dir = folder / "recipe"
+    with (folder / "recipe.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        recipe.make(run_dir)
+    return run_dir / "mini"

@@ -26,7 +26,7 @@ RECORDS = [
 def test_tokenise_appends_eos_only_to_finished_and_counts_what_it_drops():
     examples = tokenise(RECORDS, TOKENIZER, max_prompt_tokens=30, max_length=50)
     assert examples.record_index_n.tolist() == [0]
-    assert examples.dropped == {"prompt_too_long": 1, "example_too_long": 1}
+    assert examples.dropped == {"prompt_too_long": 1, "example_too_long": 1, "row_too_long": 0}
     assert [r.tolist() for r in examples.responses[0]] == [
         TOKENIZER.encode("a"),
         [*TOKENIZER.encode("bcd"), TOKENIZER.eos_id],
@@ -37,6 +37,17 @@ def test_tokenise_appends_eos_only_to_finished_and_counts_what_it_drops():
         tokenise(RECORDS, TOKENIZER, max_prompt_tokens=30, max_length=50, on_long="refuse")
     with pytest.raises(UserError, match="no comparison is left of 3"):
         tokenise(RECORDS, TOKENIZER, max_prompt_tokens=1)
+
+
+def test_a_comparison_longer_than_a_row_is_dropped_and_counted_or_refused():
+    two = [RECORDS[0], {"prompt": "abc", "responses": ["a", "b " * 9], "ranks": [0, 1]}]
+    slots_n = tokenise(two, TOKENIZER).slots_n
+    room = int(slots_n[0])
+    assert slots_n[1] > room
+    examples = tokenise(two, TOKENIZER, max_slots=room)
+    assert examples.record_index_n.tolist() == [0] and examples.dropped["row_too_long"] == 1
+    with pytest.raises(UserError, match=f"comparison 1 takes {slots_n[1]} slots"):
+        tokenise(two, TOKENIZER, max_slots=room, on_long="refuse")
 
 
 def random_examples(shapes, seed=0) -> ComparisonExamples:

@@ -85,14 +85,10 @@ def test_the_samplers_logp_is_the_training_programs(params, temperature):
     responses = sampler(temperature)(params, KEY, prompts)
     layout, mask = episode_layout(prompts, responses)
     rescored = jax.jit(
-        functools.partial(
-            model.token_logprobs, model_config=tiny.MODEL, temperature=temperature
-        )
+        functools.partial(model.token_logprobs, model_config=tiny.MODEL, temperature=temperature)
     )(params, layout=layout)[:, WIDTH:]
     mask = np.asarray(mask)[:, WIDTH:]
-    np.testing.assert_allclose(
-        responses.logp_BxT, np.where(mask, rescored, 0.0), atol=1e-5
-    )
+    np.testing.assert_allclose(responses.logp_BxT, np.where(mask, rescored, 0.0), atol=1e-5)
     assert np.all(np.asarray(responses.logp_BxT)[mask] < 0)
 
 

@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import json
 import struct
+import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from instructax.batches import PromptBatch, padded_layout
-from instructax.config import ModelConfig, UserError
+from instructax.config import MeshConfig, ModelConfig, UserError
 from instructax.interop import llama2c, nano_gpt_json, safetensors_io
 from instructax.models import functional as model
 from instructax.models import transformer
@@ -22,6 +24,8 @@ from instructax.models.attention import attention, visible
 from instructax.models.layers import Block, activation
 from instructax.models.presets import llama
 from instructax.rl.generate import generate
+from instructax.runtime.mesh import make_mesh
+from instructax.stages.context import load_params
 
 TOLERANCE = 1e-5
 
@@ -43,9 +47,7 @@ def greedy(params, config, token_BxP, mask_BxP, length, eos_id, temperature=0.0,
     )
 
 
-sampled = jax.jit(
-    greedy, static_argnames=("config", "length", "eos_id", "temperature")
-)
+sampled = jax.jit(greedy, static_argnames=("config", "length", "eos_id", "temperature"))
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +68,7 @@ def nano_intermediates(params, config, token_BxL):
 
     def attend(q, k, v):
         # One-hot values of key i make the output the weights themselves.
-        one_hot = jnp.broadcast_to(
-            jnp.eye(length, q.shape[3])[None, :, None, :], q.shape
-        )
+        one_hot = jnp.broadcast_to(jnp.eye(length, q.shape[3])[None, :, None, :], q.shape)
         weights_BxLxHxS = attention(q, k, one_hot, mask)[..., :length]
         return attention(q, k, v, mask), weights_BxLxHxS
 
@@ -216,7 +216,9 @@ def test_dreams_find_their_own_samples_likely_and_shuffled_ones_not(dreams):
 def tiny_llama_file(tied=True, groups=1):
     """Bytes of a small llama2.c model, each number its own, and what they mean."""
     layers, width, hidden, heads, vocab, context = 2, 8, 12, 2, 5, 6
-    header = struct.pack("<7i", width, hidden, layers, heads, groups, vocab if tied else -vocab, context)
+    header = struct.pack(
+        "<7i", width, hidden, layers, heads, groups, vocab if tied else -vocab, context
+    )
     kv, half = groups * 4, 2
     counts = [vocab * width, layers * width, layers * width * width, *2 * [layers * kv * width]]
     counts += [layers * width * width, layers * width, *3 * [layers * hidden * width], width]
@@ -230,7 +232,9 @@ def test_llama2c_layout(tied, tmp_path):
     content, parts = tiny_llama_file(tied)
     (tmp_path / "m.bin").write_bytes(content)
     params, config = llama2c.load(tmp_path / "m.bin")
-    assert config == llama(2, 8, 2, 12, 5, 6, num_kv_heads=1, tie_embeddings=tied, rope_pairing="interleaved")
+    assert config == llama(
+        2, 8, 2, 12, 5, 6, num_kv_heads=1, tie_embeddings=tied, rope_pairing="interleaved"
+    )
     expected = jax.eval_shape(lambda: model.init(jax.random.key(0), config, "lm"))
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda x: x.shape, expected)
     attn, mlp = params["blocks"]["attn"], params["blocks"]["mlp"]
@@ -243,7 +247,9 @@ def test_llama2c_layout(tied, tmp_path):
         np.testing.assert_array_equal(params["head"]["kernel"][:5], parts[-1].reshape(5, 8))
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:20], lambda b: b"\0" * 28 + b, lambda b: b + b"1"])
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-1], lambda b: b[:20], lambda b: b"\0" * 28 + b, lambda b: b + b"1"]
+)
 def test_llama2c_refuses_what_its_header_does_not_describe(damage, tmp_path):
     (tmp_path / "m.bin").write_bytes(damage(tiny_llama_file()[0]))
     with pytest.raises(UserError, match="m.bin: "):
@@ -262,19 +268,27 @@ def test_llama2c_pieces_decode(tmp_path):
         llama2c.load_pieces(tmp_path / "t.bin", 8)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"config": {"n_layer": 1}}', '{"config": {}, "a": {"data": "%"}}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"config": {"n_layer": 1}}', '{"config": {}, "a": {"data": "%"}}']
+)
 def test_nano_json_refuses_what_it_cannot_read(content, tmp_path):
     (tmp_path / "m.json").write_text(content)
     with pytest.raises(UserError, match=r"m.json: "):
         nano_gpt_json.load(tmp_path / "m.json")
 
 
-SMALL = ModelConfig(num_layers=2, d_model=8, num_heads=2, vocab_size=11, vocab_multiple=8, context_length=6)
+SMALL = ModelConfig(
+    num_layers=2, d_model=8, num_heads=2, vocab_size=11, vocab_multiple=8, context_length=6
+)
 
 
 @pytest.mark.parametrize(
     ("changes", "head"),
-    [({}, "lm"), ({}, "scalar"), ({"tie_embeddings": False, "positions": "rope", "activation": "swiglu"}, "lm")],
+    [
+        ({}, "lm"),
+        ({}, "scalar"),
+        ({"tie_embeddings": False, "positions": "rope", "activation": "swiglu"}, "lm"),
+    ],
 )
 def test_safetensors_round_trip(changes, head, tmp_path):
     config = dataclasses.replace(SMALL, **changes)
@@ -309,7 +323,11 @@ def test_safetensors_refusals(tmp_path):
     with pytest.raises(ValueError, match="value_head"):
         safetensors_io.export_params(tmp_path / "m.safetensors", params, SMALL, head="scalar")
     assert not list(tmp_path.iterdir())
-    good = {"format": safetensors_io.FORMAT, "model": json.dumps(dataclasses.asdict(SMALL)), "head": "lm"}
+    good = {
+        "format": safetensors_io.FORMAT,
+        "model": json.dumps(dataclasses.asdict(SMALL)),
+        "head": "lm",
+    }
     for metadata, says in (
         ({}, "was not exported from here"),
         (good | {"model": "{}x"}, "metadata are broken"),
@@ -317,9 +335,34 @@ def test_safetensors_refusals(tmp_path):
         (good | {"head": "tail"}, "metadata are broken"),
         (good, "has shape"),
     ):
-        save_file({"embed.token": np.zeros((11, 7), np.float32)}, tmp_path / "m.safetensors", metadata)
+        save_file(
+            {"embed.token": np.zeros((11, 7), np.float32)}, tmp_path / "m.safetensors", metadata
+        )
         with pytest.raises(UserError, match=says):
             safetensors_io.import_params(tmp_path / "m.safetensors")
     (tmp_path / "m.safetensors").write_bytes(b"xxxx")
     with pytest.raises(UserError, match="cannot be read as safetensors"):
         safetensors_io.import_params(tmp_path / "m.safetensors")
+
+
+def test_a_stage_starts_from_a_safetensors_file_of_its_own_kind(tmp_path):
+    tokenizer = types.SimpleNamespace(hash="abc")
+    run: Any = types.SimpleNamespace(
+        folder=tmp_path, mesh=make_mesh(MeshConfig()), tokenizer=tokenizer
+    )
+    params = model.init(jax.random.key(0), SMALL, "lm")
+    path = str(tmp_path / "m.safetensors")
+    safetensors_io.export_params(path, params, SMALL, head="lm", tokenizer="abc")
+    # Rows of padding and dropout are the run's own business.
+    ours = dataclasses.replace(SMALL, vocab_multiple=32, dropout=0.1)
+    found = load_params(run, path, ours, "lm")
+    assert found["embed"]["token"].shape == (32, 8)
+    np.testing.assert_array_equal(found["embed"]["token"][:11], params["embed"]["token"][:11])
+    for config, head, hashed, says in (
+        (dataclasses.replace(SMALL, num_heads=4), "lm", "abc", "num_heads = 2, this run's model 4"),
+        (SMALL, "scalar", "abc", "holds a lm head"),
+        (SMALL, "lm", "def", "another tokenizer"),
+    ):
+        tokenizer.hash = hashed
+        with pytest.raises(UserError, match=says):
+            load_params(run, path, config, head)

@@ -93,7 +93,9 @@ def test_the_score_is_read_at_the_last_real_token(params):
     slot = b.last_NxK[0, 1]
     token[0, slot] = 3 + (token[0, slot] - 2) % (tiny.VOCAB - 3)
     layout = Layout(token, b.layout.position_BxL, b.layout.segment_BxL, b.layout.prefix_BxL)
-    after = scored()(params, ComparisonBatch(layout, b.row_NxK, b.last_NxK, b.rank_NxK, b.valid_NxK))
+    after = scored()(
+        params, ComparisonBatch(layout, b.row_NxK, b.last_NxK, b.rank_NxK, b.valid_NxK)
+    )
     moved = np.abs(np.asarray(after) - before) > 1e-6
     expected = np.zeros_like(moved)
     expected[0, 1] = True

@@ -24,9 +24,7 @@ WIDTH = 18
 @functools.cache
 def loss_and_grad():
     return jax.jit(
-        jax.value_and_grad(
-            lambda params, batch: lm_loss(params, tiny.MODEL, batch), has_aux=True
-        )
+        jax.value_and_grad(lambda params, batch: lm_loss(params, tiny.MODEL, batch), has_aux=True)
     )
 
 
@@ -78,7 +76,8 @@ def test_packed_examples_have_the_loss_and_gradient_of_separate_ones(params, pro
 def test_prompt_loss_weight_is_a_weight(params):
     """The loss at w is (response sum + w prompt sum) / (response tokens + w prompt tokens)."""
     layout = separate().layout
-    logp = np.asarray(model.token_logprobs(params, tiny.MODEL, layout), np.float64)
+    logprobs = jax.jit(lambda params, layout: model.token_logprobs(params, tiny.MODEL, layout))
+    logp = np.asarray(logprobs(params, layout), np.float64)
     response = separate(0.0).weight_BxL > 0
     prompt = (separate(1.0).weight_BxL > 0) & ~response
     for w in (0.0, 0.3, 1.0):
@@ -94,9 +93,7 @@ def test_the_loss_falls_and_dropout_needs_a_key(params):
     batch = separate()
 
     def step(model_config):
-        return jax.jit(
-            functools.partial(lm_step, model_config=model_config, optimizer=optimizer)
-        )
+        return jax.jit(functools.partial(lm_step, model_config=model_config, optimizer=optimizer))
 
     start = create(params, optimizer)
     dropping, plain = step(config), step(tiny.MODEL)
@@ -104,7 +101,7 @@ def test_the_loss_falls_and_dropout_needs_a_key(params):
     tiny.assert_equal(dropping(start, batch, None)[0].params, state.params)
 
     key = jax.random.key(0)
-    dropped, metrics = dropping(start, batch, key)
+    _, metrics = dropping(start, batch, key)
     assert float(metrics["loss/loss"]) != float(first["loss/loss"])
     # The mask is of the step and the key: the same again, another at the next step.
     tiny.assert_equal(dropping(start, batch, key)[1], metrics)

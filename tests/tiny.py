@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,8 +25,13 @@ MODEL = ModelConfig(
 )
 
 
+@functools.cache
+def _init(config: ModelConfig, head: str):
+    return jax.jit(lambda seed: model.init(jax.random.key(seed), config, head))
+
+
 def params(seed: int = 0, head: str = "lm", config: ModelConfig = MODEL):
-    return model.init(jax.random.key(seed), config, head)
+    return _init(config, head)(seed)
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> np.ndarray:

@@ -66,8 +66,9 @@ def _problems(config: Config, verb: str | None) -> Iterator[Problem]:
             yield from _misfits(value, known[name], f"{path}.{name}")
             yield from _out_of_range(PpoConfig, name, value, f"{path}.{name}")
         ppo = dataclasses.replace(config.ppo, **dict(typing.cast(Any, arm.changes)))
-        yield from consistency.ppo_rules(f"arms[{i}].ppo", ppo)
+        # Flags of another verb change the ppo section without a thought of the arms.
         if verb in ("run", None):
+            yield from consistency.ppo_rules(f"arms[{i}].ppo", ppo)
             yield from consistency.model_fit_rules(dataclasses.replace(config, ppo=ppo), verb)
     yield from consistency.model_fit_rules(config, verb)
     yield from consistency.mesh_rules(config, verb)

@@ -56,6 +56,7 @@ def tokenise(
     *,
     max_prompt_tokens: int = 1024,
     max_length: int = 2048,
+    max_slots: int | None = None,
     chat_template: ChatTemplate = "plain",
     on_long: Literal["refuse", "drop_counted"] = "drop_counted",
 ) -> ComparisonExamples:
@@ -63,12 +64,13 @@ def tokenise(
 
     Prompts over ``max_prompt_tokens`` are filtered and counted. ``max_length`` bounds the prompt
     with its longest response (the positions a model needs); a comparison over it is dropped whole
-    and counted, or refused with UserError.
+    and counted, or refused with UserError. So is one whose prompt and responses together take more
+    than ``max_slots``, the room of a row: else one long ranking would set every row's length.
     """
     prompts: list[np.ndarray] = []
     responses: list[list[np.ndarray]] = []
     kept: list[int] = []
-    dropped = {"prompt_too_long": 0, "example_too_long": 0}
+    dropped = {"prompt_too_long": 0, "example_too_long": 0, "row_too_long": 0}
     for i, record in enumerate(records):
         prompt = encode_prompt(tokenizer, record, chat_template)
         encoded = [
@@ -76,6 +78,7 @@ def tokenise(
             for text, done in zip(record["responses"], finished(record), strict=True)
         ]
         longest = len(prompt) + max(map(len, encoded))
+        slots = len(prompt) + sum(map(len, encoded))
         if len(prompt) > max_prompt_tokens:
             dropped["prompt_too_long"] += 1
         elif longest > max_length:
@@ -85,6 +88,13 @@ def tokenise(
                     f"{max_length}; shorten it, raise the limit, or let it be dropped and counted"
                 )
             dropped["example_too_long"] += 1
+        elif max_slots is not None and slots > max_slots:
+            if on_long == "refuse":
+                raise UserError(
+                    f"comparison {i} takes {slots} slots with all its responses, more than "
+                    f"{max_slots}; raise row_length, or let it be dropped and counted"
+                )
+            dropped["row_too_long"] += 1
         else:
             prompts.append(np.asarray(prompt, np.int32))
             responses.append(encoded)

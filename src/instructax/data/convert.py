@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,7 @@ def _counts(left_out: Counter[str]) -> dict[str, int]:
     return {reason: count for reason, count in left_out.items() if count}
 
 
-_CONVERTERS = {
+_CONVERTERS: dict[str, Callable[[Iterable[Mapping[str, Any]]], Converted]] = {
     "open_assistant": open_assistant,
     "self_instruct": self_instruct,
     "helpful_harmless": helpful_harmless,

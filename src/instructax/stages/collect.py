@@ -1,15 +1,22 @@
-"""Comparisons from the run's own samples: K responses of the SFT model a prompt, ranked by labelers."""
+"""Comparisons from the run's own samples: K responses a prompt, ranked by labelers.
+
+The responses of a prompt come from the checkpoints of all SFT epochs in turn. A reward model that has
+seen the last epoch alone misjudges the others, and with them the choice among epochs.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from instructax.config import Config
+from instructax.runtime import checkpoint
 from instructax.stages import data
-from instructax.stages.context import Run, load_params, open_run
+from instructax.stages.context import Run, abstract_params, open_run
 from instructax.stages.sampling import Sampler
 
 NUM_RESPONSES = range(4, 10)  # K = 4..9 (InstructGPT section 3.5)
@@ -20,24 +27,36 @@ def run(config: Config) -> None:
     context = open_run(config)
     train_ids, heldout_ids, rank = data.labelers(config)
     with jax.set_mesh(context.mesh):
-        params = load_params(context, "sft", config.model, "lm")
+        policies = _candidates(context)
         for name, groups in (
             ("comparisons", {"train": train_ids}),
             ("comparisons_validation", {"train": train_ids, "heldout": heldout_ids}),
         ):
             prompts = data.records(config, name.replace("comparisons", "prompts_reward"))
-            rows = _ranked(context, params, prompts, groups, rank, name)
+            rows = _ranked(context, policies, prompts, groups, rank, name)
             data.add_records(config, name, rows)
             print(f"collect: {name} {len(rows)}")
 
 
-def _ranked(run: Run, params, prompts, groups: dict[str, Sequence[str]], rank, name: str):
+def _candidates(run: Run) -> list[Any]:
+    """Parameters of every SFT epoch."""
+    abstract = abstract_params(run, run.config.model, "lm")
+    folder = run.folder / "sft"
+    epochs = json.loads((folder / "candidates.json").read_text("utf-8"))
+    return [
+        checkpoint.load_item(folder / "checkpoints", "params", abstract, epoch["step"])
+        for epoch in epochs
+    ]
+
+
+def _ranked(run: Run, policies, prompts, groups: dict[str, Sequence[str]], rank, name: str):
     grade = data.grader(run.config)
     assert grade is not None, "labelers and gold come from the same world"
     sampler = Sampler(run, prompts, batch_size=run.config.evaluate.batch_size)
     key = run.key(f"collect/{name}")
     rounds = [
-        sampler.sample(params, jax.random.fold_in(key, k)) for k in range(NUM_RESPONSES.stop - 1)
+        sampler.sample(policies[k % len(policies)], jax.random.fold_in(key, k))
+        for k in range(NUM_RESPONSES.stop - 1)
     ]
     rng = np.random.default_rng([run.config.seed, len(name)])
     kinds = sorted(groups)

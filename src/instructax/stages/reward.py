@@ -94,6 +94,7 @@ def _examples(run: Run, records):
         run.tokenizer,
         max_prompt_tokens=config.data.max_prompt_tokens,
         max_length=longest_example(config, run.reward_model),
+        max_slots=config.reward.row_length,
         chat_template=config.data.chat_template,
     )
 

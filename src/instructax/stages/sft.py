@@ -142,7 +142,8 @@ def select(config: Config, stage: str = "sft") -> Mapping[str, Any]:
         {"epoch": epoch, "step": step, "nll": nll[step]}
         for epoch, step in enumerate(sorted(nll), start=1)
     ]
-    has_reward = (context.folder / "reward" / "checkpoints").is_dir()
+    # A reward model still in training must not choose: a run cut short would choose differently.
+    has_reward = (context.folder / "reward" / "validation.json").is_file()
     by = c.select_by
     if by == "auto":
         by = "reward" if has_reward else "loss"

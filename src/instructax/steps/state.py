@@ -52,7 +52,7 @@ def move_average(ema: Params, params: Params, decay: float) -> Params:
 
 
 def global_norm(tree: Params) -> Array:
-    return optax.global_norm(tree)
+    return optax.tree_utils.tree_norm(tree)
 
 
 def replace(state, **changes):

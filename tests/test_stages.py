@@ -1,0 +1,191 @@
+"""The recipe from data to report, in miniature: what it leaves behind, and that it ends where it ended."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import recipe
+
+from instructax.config import UserError
+from instructax.stages import ppo, sft
+from instructax.stages.context import run_folder
+
+INTERVAL = ("mean", "low", "high")
+GRADES = ("helpful", "truthful", "harmless", "total")
+SUMMARY = {
+    "seconds": None,
+    "peak_rss_bytes": None,
+    "seeds": None,
+    "labelers": {"agreement": None},
+    "reward": dict.fromkeys(
+        ("accuracy_train_labelers", "accuracy_heldout", "ceiling", "accuracy_gold")
+    ),
+    "winrate": {
+        f"{name}_vs_sft": dict.fromkeys(INTERVAL)
+        for name in ("ppo_ptx", "ppo", "best_of_n", "shuffled")
+    },
+    "pretrain_nll": dict.fromkeys(("base", "sft", "init", "ppo", "ppo_ptx", "ptx_only")),
+    "gold": {
+        name: dict.fromkeys(GRADES)
+        for name in ("demonstrations", "sft", "ppo", "ppo_ptx", "best_of_n")
+    },
+    "kl": dict.fromkeys(("ppo", "ppo_ptx")),
+    "length": dict.fromkeys(("sft", "ppo", "ppo_ptx")),
+}
+
+
+def missing(wanted: dict, found: dict, path: str = "") -> list[str]:
+    out = []
+    for name, below in wanted.items():
+        if name not in found:
+            out.append(path + name)
+        elif below is not None:
+            out += missing(below, found[name], f"{path}{name}.")
+    return out
+
+
+@pytest.fixture(scope="module")
+def seed0(mini_run):
+    return mini_run / "seed0"
+
+
+@pytest.fixture(scope="module")
+def config(mini_run):
+    return recipe.config(mini_run.parent)
+
+
+def figures(folder, name):
+    return json.loads((folder / name).read_text("utf-8"))
+
+
+def test_the_summary_has_every_figure(mini_run):
+    summary = figures(mini_run, "summary.json")
+    assert missing(SUMMARY, summary) == []
+    assert summary["seeds"] == [0] and summary["seconds"] > 0
+    assert summary["peak_rss_bytes"] > 2**27
+    for rate in summary["winrate"].values():
+        assert 0 <= rate["low"] <= rate["mean"] <= rate["high"] <= 1
+    assert all(
+        0 < nll < math.log(recipe.VOCABULARY) + 1 for nll in summary["pretrain_nll"].values()
+    )
+    assert missing({"a": {"b": None}}, {"a": {}}) == ["a.b"]
+
+
+def test_running_again_changes_nothing(mini_run):
+    def state():
+        return {
+            str(p): (p.stat().st_mtime_ns, p.stat().st_size)
+            for p in mini_run.rglob("*")
+            if p.is_file() and p.parent != mini_run
+        }
+
+    before, summary = state(), figures(mini_run, "summary.json")
+    recipe.make(mini_run.parent)
+    assert state() == before
+    again = figures(mini_run, "summary.json")
+    for changing in ("seconds", "peak_rss_bytes"):
+        summary.pop(changing), again.pop(changing)
+    assert again == summary
+
+
+def test_sft_is_chosen_by_the_reward_model_among_its_epochs(seed0):
+    candidates, chosen = figures(seed0, "sft/candidates.json"), figures(seed0, "sft/chosen.json")
+    assert len(candidates) == 2 and chosen["by"] == "reward"
+    assert chosen["reward"] == max(c["reward"] for c in candidates)
+    kept = {p.name for p in (seed0 / "sft/checkpoints").iterdir()}
+    assert {str(c["step"]) for c in candidates} <= kept
+    assert not (seed0 / "init/chosen.json").exists()
+
+
+def test_an_unfinished_reward_model_does_not_choose(seed0, config):
+    """A run killed during reward training must resume as it would have gone on."""
+    cut = dataclasses.replace(recipe.of_seed(config), name="mini/cut")
+    shutil.copytree(seed0 / "sft", run_folder(cut) / "sft")
+    (run_folder(cut) / "reward" / "checkpoints").mkdir(parents=True)
+    chosen = sft.select(cut)
+    assert chosen["nll"] == min(c["nll"] for c in figures(seed0, "sft/candidates.json"))
+    assert figures(run_folder(cut), "sft/chosen.json")["by"] == "loss"
+
+
+def test_the_reward_model_gives_demonstrations_zero_on_average(seed0):
+    """Trap T2, read from the stored checkpoint."""
+    assert figures(seed0, "reward/validation.json")["demonstrations"] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("arm", ["ppo_ptx", "ppo", "shuffled", "ptx_only"])
+def test_every_iteration_begins_at_ratio_one_and_the_first_at_kl_zero(seed0, arm):
+    rows = recipe.rows(seed0 / arm / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
+    for row in rows:
+        assert row["val/first_ratio_deviation"] <= 1e-5
+        assert row["val/sampler_gap_max"] <= 1e-4
+        assert row["objective/kl_coef"] == pytest.approx(0.1)
+        assert ("grad/cosine" in row) == (arm in ("ppo_ptx", "ptx_only"))
+
+
+def test_rewards_are_normalised_over_the_initial_policy(seed0):
+    """Gain and bias make mean 0 and deviation 1 of samples of the init; a batch of 16 is near it."""
+    row = recipe.rows(seed0 / "ppo/metrics.jsonl")[0]
+    assert abs(row["objective/score"]) < 1 and 0.4 < row["objective/score_std"] < 2
+
+
+def test_arms_see_the_same_prompts_and_start_from_the_same_samples(seed0):
+    """Trap T19: gamma or shuffled scores change no sampling before the first update."""
+    first = [
+        recipe.rows(seed0 / arm / "metrics.jsonl")[0] for arm in ("ppo_ptx", "ppo", "shuffled")
+    ]
+    for name in ("response_length/mean", "objective/entropy", "objective/score"):
+        assert first[0][name] == first[1][name] == pytest.approx(first[2][name], rel=1e-5)
+    samples = [recipe.rows(seed0 / arm / "samples.jsonl")[:4] for arm in ("ppo_ptx", "ppo")]
+    assert samples[0] == samples[1]
+
+
+def test_gamma_leaves_a_better_language_model(mini_run):
+    nll = figures(mini_run, "summary.json")["pretrain_nll"]
+    assert nll["ptx_only"] < nll["init"] and nll["ppo_ptx"] < nll["ppo"]
+
+
+def test_best_of_n_scores_above_one_sample(seed0):
+    score = figures(seed0, "evaluate.json")["score"]
+    assert score["best_of_n"] > score["sft"]
+
+
+def test_the_report_is_one_page_by_itself(mini_run):
+    page = (mini_run / "report.html").read_text("utf-8")
+    assert "<html" in page and len(page) > 20_000
+    for outside in ('src="http', "src='http", '<link rel="stylesheet"', "@import"):
+        assert outside not in page
+    for name in ("ppo_ptx", "shuffled", "pretrain"):
+        assert name in page
+
+
+def test_data_of_the_run_is_curated_and_its_held_out_prompts_are_apart(mini_run):
+    curation = figures(mini_run, "data/curation.json")
+    assert curation["prompts"] and curation["overlap"]
+    keys = [
+        {r["content_key"] for r in recipe.rows(mini_run / "data" / f"{name}.jsonl")}
+        for name in ("demonstrations", "prompts_evaluation")
+    ]
+    assert not keys[0] & keys[1]
+
+
+def test_the_policy_moved_and_its_average_lags_behind(seed0):
+    arrays = recipe.saved(seed0 / "ppo", ("params", "ema"))
+    init = recipe.saved(seed0 / "init", ("params",))
+    name = "params['embed']['token']"
+    moved = np.abs(arrays[name] - init[name]).max()
+    lag = np.abs(arrays["ema" + name.removeprefix("params")] - init[name]).max()
+    assert 0 < lag < moved
+
+
+def test_another_tokenizer_or_head_is_refused(config):
+    c = recipe.of_seed(config)
+    wrong = dataclasses.replace(c, ppo=dataclasses.replace(c.ppo, init_from="reward"))
+    with pytest.raises(UserError, match="scalar head"):
+        ppo.run(wrong, "refused")
