@@ -115,7 +115,7 @@ def config(run_dir: Path) -> Config:
 
 def make(run_dir: Path) -> None:
     """Run it, or go on with it; a finished one costs a second."""
-    keep = jax.config.jax_compilation_cache_dir
+    keep = jax.config.values["jax_compilation_cache_dir"]
     try:
         pipeline.run(config(run_dir))
     finally:

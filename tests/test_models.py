@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -38,11 +39,31 @@ FAMILIES = {
 }
 
 
+@functools.cache
+def started(config: ModelConfig):
+    """Parameters drawn by NumPy, which compiles nothing; biases and norms are not at their neutral values."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        centre = 1.0 if path[-1].key == "scale" else 0.0
+        return jnp.asarray(centre + config.init_std * rng.normal(size=leaf.shape), jnp.float32)
+
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), config, "lm"))
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
 @pytest.fixture(params=sorted(FAMILIES))
 def family(request):
     config = FAMILIES[request.param]
-    params = model.init(jax.random.key(0), config, "lm")
-    return config, params
+    return config, started(config)
+
+
+# Compiled once for each config and shape; running operation by operation costs ten times as much.
+token_logprobs = jax.jit(model.token_logprobs, static_argnames=("model_config", "temperature"))
+token_statistics = jax.jit(model.token_statistics, static_argnames=("model_config", "temperature"))
+scalars = jax.jit(model.scalars, static_argnames="model_config")
+prefill = jax.jit(model.prefill, static_argnames=("model_config", "slots"))
+decode = jax.jit(model.decode, static_argnames="model_config")
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> np.ndarray:
@@ -65,22 +86,24 @@ def test_a_token_depends_on_nothing_behind_it(family):
             transformer.embed = original
 
     x = transformer.embed(params, config, layout.token_BxL, layout.position_BxL)
-    jacobian_LxL = np.abs(jax.jacobian(logp_of_inputs)(x)).sum(axis=(1, 3))
+    jacobian_LxL = np.abs(jax.jit(jax.jacrev(logp_of_inputs))(x)).sum(axis=(1, 3))
     upper = np.triu(np.ones((6, 6), bool))
     assert np.all(jacobian_LxL[upper] == 0.0)
     assert np.all(jacobian_LxL[np.tril(np.ones((6, 6), bool), -1)][-1] > 0.0)
 
 
 def test_padding_on_either_side_is_inert(family):
+    """Seven tokens, padded in three ways, against the same at the head of a row without padding."""
     config, params = family
-    token = tokens(1, 7)
-    plain = model.token_logprobs(params, config, padded_layout(token, np.ones((1, 7), bool)))
-    for left, right in [(0, 5), (5, 0), (3, 4)]:
-        padded = np.pad(token, ((0, 0), (left, right)), constant_values=28)
-        mask = np.pad(np.ones((1, 7), bool), ((0, 0), (left, right)))
-        logp = model.token_logprobs(params, config, padded_layout(padded, mask))
-        np.testing.assert_allclose(logp[:, left : left + 7], plain, atol=2e-6)
-        assert np.all(np.asarray(logp)[~mask] == 0.0)
+    full = np.tile(tokens(1, 14), (3, 1))
+    plain = token_logprobs(params, config, padded_layout(full, np.ones((3, 14), bool)))[0, :7]
+    token, mask = np.full((3, 14), 28, np.int32), np.zeros((3, 14), bool)
+    for row, left in enumerate((0, 7, 3)):
+        token[row, left : left + 7], mask[row, left : left + 7] = full[0, :7], True
+    logp = np.asarray(token_logprobs(params, config, padded_layout(token, mask)))
+    for row in range(3):
+        np.testing.assert_allclose(logp[row][mask[row]], plain, atol=2e-6)
+    assert np.all(logp[~mask] == 0.0)
 
 
 def shared_prompt_layout() -> tuple[Layout, list[tuple[slice, slice]]]:
@@ -103,30 +126,32 @@ def test_responses_behind_a_shared_prompt_equal_separate_sequences(family):
     config, params = family
     layout, pairs = shared_prompt_layout()
 
-    def shared(params):
-        return model.token_logprobs(params, config, layout)[0]
+    # Each prompt with each of its responses in a row of its own; both forms have one shape.
+    shape = (len(pairs), layout.token_BxL.shape[1])
+    token, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    weight, shared_weight = np.zeros((2, *shape), np.float32)
+    for row, (prompt, response) in enumerate(pairs):
+        own = np.concatenate([layout.token_BxL[0, prompt], layout.token_BxL[0, response]])
+        token[row, : own.size], mask[row, : own.size] = own, True
+        counts = np.arange(1.0, response.stop - response.start + 1)
+        weight[row, own.size - counts.size : own.size] = counts
+        shared_weight[0, response] = counts
+    empty_rows = ((0, len(pairs) - 1), (0, 0))
+    shared = jax.tree.map(lambda x: np.pad(x, empty_rows), layout)
 
-    def separate(params):
-        out = []
-        for prompt, response in pairs:
-            token = np.concatenate([layout.token_BxL[0, prompt], layout.token_BxL[0, response]])
-            row = padded_layout(token[None], np.ones((1, token.size), bool))
-            out.append(model.token_logprobs(params, config, row)[0, prompt.stop - prompt.start :])
-        return out
-
-    def total(of):
+    @jax.jit
+    def of(layout, weight):
         def loss(params):
-            parts = of(params)
-            if of is shared:
-                parts = [parts[response] for _, response in pairs]
-            return sum((jnp.arange(p.size) + 1.0) @ p for p in parts)
+            logp = model.token_logprobs(params, config, layout)
+            return (weight * logp).sum(), logp
 
-        return loss
+        return jax.grad(loss, has_aux=True)(params)
 
-    for (_, response), expected in zip(pairs, separate(params), strict=True):
-        np.testing.assert_allclose(shared(params)[response], expected, atol=3e-6)
-    grads = jax.grad(total(shared))(params), jax.grad(total(separate))(params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-4), *grads)
+    grads, logp = of(shared, shared_weight)
+    expected_grads, expected = of(padded_layout(token, mask), weight)
+    for row, (_, response) in enumerate(pairs):
+        np.testing.assert_allclose(logp[0, response], expected[row][weight[row] > 0], atol=3e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-4), grads, expected_grads)
 
 
 def test_predecessor_of_a_response_is_the_last_token_of_its_prompt():
@@ -143,34 +168,31 @@ def test_prefix_is_one_level_and_not_transitive():
     assert mask[2, 1] and not mask[2, 0] and mask[1, 0]
 
 
-@pytest.mark.parametrize("left", [0, 3])
-def test_cached_decoding_equals_the_training_program(family, left):
+def test_cached_decoding_equals_the_training_program(family):
+    """Prompts of three lengths, left-padded; the text that follows is given, not sampled."""
     config, params = family
-    length, prompt = 11, 5
-    token = tokens(2, length, seed=5)
-    mask = np.ones((2, length), bool)
-    mask[1, :2] = False  # a shorter prompt, left-padded
-    token = np.pad(token, ((0, 0), (left, 0)))
-    mask = np.pad(mask, ((0, 0), (left, 0)))
-    expected = model.token_logprobs(params, config, padded_layout(token, mask))
+    length, prompt = 14, 8
+    token, mask = tokens(3, length, seed=5), np.ones((3, length), bool)
+    for row, left in enumerate((0, 3, 5)):
+        token[row, :left], mask[row, :left] = 0, False
+    expected = token_logprobs(params, config, padded_layout(token, mask))
     copy = model.rollout_copy(params, config)
-    end = left + prompt
-    logits, cache = model.prefill(copy, config, token[:, :end], mask[:, :end], left + length)
-    for t in range(end, left + length):
-        logp = jax.nn.log_softmax(logits)[np.arange(2), token[:, t]]
+    logits, cache = prefill(copy, config, token[:, :prompt], mask[:, :prompt], length)
+    for t in range(prompt, length):
+        logp = jax.nn.log_softmax(logits)[np.arange(3), token[:, t]]
         np.testing.assert_allclose(logp, expected[:, t], atol=3e-6)
-        logits, cache = model.decode(copy, config, token[:, t], cache)
+        logits, cache = decode(copy, config, token[:, t], cache)
 
 
 def test_padded_vocabulary_never_enters_a_logsumexp():
-    params = model.init(jax.random.key(0), SMALL, "lm")
+    params = started(SMALL)
     assert params["embed"]["token"].shape == (32, 16)
     loud = params | {
         "embed": params["embed"] | {"token": params["embed"]["token"].at[29:].set(50.0)}
     }
     layout = padded_layout(tokens(2, 6), np.ones((2, 6), bool))
-    for name, value in model.token_statistics(params, SMALL, layout).items():
-        other = model.token_statistics(loud, SMALL, layout)[name]
+    for name, value in token_statistics(params, SMALL, layout).items():
+        other = token_statistics(loud, SMALL, layout)[name]
         np.testing.assert_array_equal(value, other)
 
 
@@ -204,8 +226,8 @@ def test_chunked_logprobs_equal_dense_values_and_gradients(chunk):
         )
         return (logp * jnp.arange(7.0)[None]).sum() + entropy.sum()
 
-    dense = jax.value_and_grad(total, (0, 1))(x, table, 7)
-    chunked = jax.value_and_grad(total, (0, 1))(x, table, chunk)
+    value_and_grad = jax.jit(jax.value_and_grad(total, (0, 1)), static_argnums=2)
+    dense, chunked = value_and_grad(x, table, 7), value_and_grad(x, table, chunk)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), dense, chunked
     )
@@ -213,39 +235,38 @@ def test_chunked_logprobs_equal_dense_values_and_gradients(chunk):
 
 def test_scan_and_remat_change_nothing():
     layout = padded_layout(tokens(2, 6), np.ones((2, 6), bool))
-    params = model.init(jax.random.key(0), SMALL, "lm")
+    params = started(SMALL)
 
     def loss(params, remat):
         config = dataclasses.replace(SMALL, remat=remat)
         return model.token_logprobs(params, config, layout).sum()
 
-    a, b = jax.grad(loss)(params, "block"), jax.grad(loss)(params, "none")
+    grad = jax.jit(jax.grad(loss), static_argnums=1)
+    a, b = grad(params, "block"), grad(params, "none")
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), a, b)
 
 
 def test_dropout_acts_only_where_a_key_is_given():
     config = dataclasses.replace(SMALL, dropout=0.5)
-    params = model.init(jax.random.key(0), config, "lm")
+    params = started(config)
     layout = padded_layout(tokens(2, 6), np.ones((2, 6), bool))
-    still = model.token_logprobs(params, config, layout)
-    np.testing.assert_array_equal(still, model.token_logprobs(params, SMALL, layout))
+    still = token_logprobs(params, config, layout)
+    np.testing.assert_array_equal(still, token_logprobs(params, SMALL, layout))
     key = jax.random.key(1)
-    moved = model.token_logprobs(params, config, layout, dropout_key=key)
+    moved = token_logprobs(params, config, layout, dropout_key=key)
     assert np.abs(moved - still).max() > 1e-3
-    np.testing.assert_array_equal(
-        moved, model.token_logprobs(params, config, layout, dropout_key=key)
-    )
+    np.testing.assert_array_equal(moved, token_logprobs(params, config, layout, dropout_key=key))
 
 
 def test_scalar_head_starts_as_the_paper_says_and_shifts():
     config = dataclasses.replace(SMALL, d_model=256, num_heads=4)
-    lm = model.init(jax.random.key(0), config, "lm")
+    lm = started(config)
     params = model.replace_head(jax.random.key(1), lm, config)
     kernel = np.asarray(params["value_head"]["kernel"])
     assert abs(kernel.var() * 257 - 1) < 0.4 and params["value_head"]["bias"] == 0.0
     layout = padded_layout(tokens(1, 6), np.asarray([[True] * 5 + [False]]))
-    before = model.scalars(params, config, layout)
-    after = model.scalars(model.shift_scalars(params, -1.5), config, layout)
+    before = scalars(params, config, layout)
+    after = scalars(model.shift_scalars(params, -1.5), config, layout)
     np.testing.assert_allclose(after[:, :5], before[:, :5] - 1.5, atol=1e-6)
     assert after[0, 5] == 0.0
 

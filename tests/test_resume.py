@@ -22,7 +22,7 @@ from instructax.stages import ppo, pretrain, reward, sft
 from instructax.stages.context import run_folder
 
 ITEMS = ("params", "ema", "value", "rest")
-ITERATIONS = 8
+ITERATIONS = 12
 
 PROGRAM = """
 import sys, pathlib, jax
@@ -85,21 +85,19 @@ class Process:
     def rows(self) -> int:
         return self.metrics.read_text("utf-8").count("\n") if self.metrics.is_file() else 0
 
-    def wait_for_row(self, row: int) -> bool:
-        """False if it ended before that row."""
-        while self.process.poll() is None:
-            if self.rows() >= row:
-                return True
+    def wait_for_row(self, row: int) -> None:
+        """Return when that row is written, or the process has ended."""
+        while self.process.poll() is None and self.rows() < row:
             time.sleep(0.002)
-        return False
 
     def end(self, number: int) -> int:
         self.process.send_signal(number)
         return self.finish()
 
     def finish(self) -> int:
-        self.process.communicate(timeout=300)
-        return self.process.returncode
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        return self.process.wait(timeout=300)
 
 
 def assert_as_undisturbed(folder: Path, whole: Path) -> None:
@@ -113,45 +111,41 @@ def without_clocks(path: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.startswith(clocks)} for row in recipe.rows(path)]
 
 
-def kill_and_resume(config, arm: str, folder: Path, rng: random.Random, kills: int) -> list[int]:
-    """Kill at random rows and random moments behind them until ``kills`` hit; then let it end."""
-    hit = []
+def kill(config, whole: Path, arm: str, scratch: Path, rng: random.Random, kills: int) -> list[int]:
+    """Kill runs at random moments, resume each until it ends, compare; rows written at each kill."""
+    hit: list[int] = []
+    folder = run_folder(config) / arm
     while len(hit) < kills:
-        process = Process(config, arm, folder)
-        # From inside start-up (0 rows more) to several iterations on; each saves a checkpoint.
-        row = process.rows() + rng.randint(0, 3)
-        alive = process.wait_for_row(row)
-        time.sleep(rng.random() * (0.4 if row else 5.0))
-        if alive and process.end(signal.SIGKILL) == -signal.SIGKILL:
+        for _ in range(min(4, kills - len(hit))):
+            process = Process(config, arm, scratch)
+            # From inside start-up (no row more) to several iterations on; each saves a checkpoint.
+            row = process.rows() + rng.randint(0, 3)
+            process.wait_for_row(row)
+            time.sleep(rng.random() * (0.2 if row else 4.0))
+            if process.end(signal.SIGKILL) != -signal.SIGKILL:
+                break  # it was faster
             hit.append(process.rows())
-            continue
-        assert process.finish() == 0
-        break
-    assert Process(config, arm, folder).finish() == 0
+        assert Process(config, arm, scratch).finish() == 0
+        assert_as_undisturbed(folder, whole)
+        shutil.rmtree(folder)
+    assert max(hit) > 0, "no kill came after start-up"
     return hit
 
 
-@pytest.mark.slow
 def test_a_run_killed_twice_is_bit_identical(config, whole, tmp_path):
-    hit = kill_and_resume(config, "killed", tmp_path, random.Random(5), kills=2)
-    assert len(hit) == 2
-    assert_as_undisturbed(run_folder(config) / "killed", whole)
+    kill(config, whole, "killed", tmp_path, random.Random(5), kills=2)
 
 
 @pytest.mark.soak
 def test_twenty_kills_at_random_moments(config, whole, tmp_path):
-    rng, hit = random.Random(2024), []
-    while len(hit) < 20:
-        hit += kill_and_resume(config, "soaked", tmp_path, rng, kills=min(4, 20 - len(hit)))
-        assert_as_undisturbed(run_folder(config) / "soaked", whole)
-        shutil.rmtree(run_folder(config) / "soaked")
-    print("killed after rows", hit)
+    print(
+        "killed after rows", kill(config, whole, "soaked", tmp_path, random.Random(2024), kills=20)
+    )
 
 
-@pytest.mark.slow
 def test_sigterm_saves_at_the_step_and_the_next_start_goes_on(config, whole, tmp_path):
     process = Process(config, "terminated", tmp_path)
-    assert process.wait_for_row(2)
+    process.wait_for_row(2)
     assert process.end(signal.SIGTERM) == 128 + signal.SIGTERM
     folder = run_folder(config) / "terminated"
     done = int(recipe.saved(folder, ())["step"])
