@@ -4,7 +4,8 @@
     make demo SEEDS=3     # intervals over prompts and seeds
 
 Figures, machine and time are in README.md. Deviations from InstructGPT's settings, each for the size of
-the world, all tuned on world seed 1 with run seed 100 and its validation prompts, never on this one's:
+the world, all tuned on world seed 1 with run seed 100 and its validation prompts, never on this one's. World
+seed 7 was evaluated once before this one; what it showed led to comparisons from every SFT epoch:
 
 - Learning rates: 2e-3 pretraining, 7e-4 SFT and init, 5e-4 reward, 3e-4 PPO. The paper's 1e-5 is for
   models three thousand times as large.
