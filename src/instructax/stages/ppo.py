@@ -247,6 +247,8 @@ def _host_batches(run: Run, updates: int) -> Callable[[int], tuple[Any, Any]]:
         max_prompt_tokens=min(config.data.max_prompt_tokens, c.prompt_length),
         chat_template=config.data.chat_template,
     )
+    if any(examples.dropped.values()):
+        print(f"ppo: {len(examples)} prompts, left out: {examples.dropped}")
     prompt_stream = prompts.stream(
         examples,
         batch_size=c.batch_size,

@@ -61,6 +61,8 @@ class Sampler:
             chat_template=config.data.chat_template,
         )
         self.dropped = examples.dropped
+        if any(self.dropped.values()):
+            print(f"sampling: {len(examples)} prompts, left out: {self.dropped}")
         self.records = [records[i] for i in examples.record_index_n]
         stream = prompt_data.stream(
             examples, batch_size=batch_size, prompt_length=config.ppo.prompt_length, seed=0

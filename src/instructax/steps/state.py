@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -53,7 +52,3 @@ def move_average(ema: Params, params: Params, decay: float) -> Params:
 
 def global_norm(tree: Params) -> Array:
     return optax.tree_utils.tree_norm(tree)
-
-
-def replace(state, **changes):
-    return dataclasses.replace(state, **changes)
