@@ -105,9 +105,8 @@ class Process:
         return self.finish()
 
     def finish(self) -> int:
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-        return self.process.wait(timeout=300)
+        self.process.communicate(timeout=300)  # reads on: a closed pipe would break its prints
+        return self.process.returncode
 
 
 def assert_as_undisturbed(folder: Path, whole: Path) -> None:
