@@ -51,6 +51,7 @@ def config() -> Config:
         context_length=96,
         init_std=0.08,
         remat="none",
+        scan_unroll=3,
     )
     rate = OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_steps=8, warmup_from=0.1)
     return Config(

@@ -47,7 +47,13 @@ def config(run_dir: Path) -> Config:
     )
     rate = OptimizerConfig(learning_rate=3e-3, schedule="constant", warmup_steps=2)
     sft = SftConfig(
-        optimizer=rate, batch_size=4, row_length=144, epochs=2, dropout=0.1, pretrain_mix=0.25
+        optimizer=rate,
+        batch_size=4,
+        row_length=144,
+        epochs=2,
+        dropout=0.1,
+        pretrain_mix=0.25,
+        select_samples=2,
     )
     return Config(
         name="mini",
@@ -77,7 +83,9 @@ def config(run_dir: Path) -> Config:
         ),
         sft=sft,
         init=dataclasses.replace(sft, epochs=1, pretrain_mix=0.1, dropout=0.0, select_by="last"),
-        reward=RewardConfig(optimizer=rate, batch_size=4, row_length=320, epochs=2, dropout=0.1),
+        reward=RewardConfig(
+            optimizer=rate, batch_size=4, row_length=320, epochs=2, dropout=0.1, evaluations=2
+        ),
         ppo=PpoConfig(
             kl_coef=0.1,
             ptx_coef=1.0,
@@ -126,6 +134,11 @@ def of_seed(c: Config) -> Config:
     """The config of the recipe's one seed, as the pipeline hands it to the stages."""
     tokenizer = dataclasses.replace(c.tokenizer, path=str(run_folder(c) / "tokenizer.model"))
     return dataclasses.replace(c, name=f"{c.name}/seed{c.seed}", tokenizer=tokenizer)
+
+
+def iterations(folder: Path) -> list[dict]:
+    """The rows of PPO's metrics, without what was measured before its first iteration."""
+    return [row for row in rows(folder / "metrics.jsonl") if row["step"] > 0]
 
 
 def rows(path: Path) -> list[dict]:

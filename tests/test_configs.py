@@ -147,6 +147,7 @@ def _trace_ppo(config: Config, reward_config) -> None:
             policy_optimizer=policy_optimizer,
             value_optimizer=value_optimizer,
         ),
-        state, rollout, text, metrics["objective/kl"], KEY,
+        state, rollout, text, metrics["objective/kl"],
+        array((updates, episodes // 2, c.prompt_length + c.response_length), jnp.int32),
     )  # fmt: skip
     assert after == state

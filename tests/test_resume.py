@@ -69,7 +69,7 @@ def whole(config):
     """The folder of the run that nobody disturbed."""
     ppo.run(config, "whole")
     folder = run_folder(config) / "whole"
-    betas = {row["objective/kl_coef"] for row in recipe.rows(folder / "metrics.jsonl")}
+    betas = {row["objective/kl_coef"] for row in recipe.iterations(folder)}
     assert len(betas) > 3, "beta must have moved"
     return folder
 
@@ -158,7 +158,7 @@ def test_sigterm_saves_at_the_step_and_the_next_start_goes_on(config, whole, tmp
     assert process.end(signal.SIGTERM) == 128 + signal.SIGTERM
     folder = run_folder(config) / "terminated"
     done = int(recipe.saved(folder, ())["step"])
-    assert done == len(recipe.rows(folder / "metrics.jsonl")) < ITERATIONS
+    assert done == len(recipe.iterations(folder)) < ITERATIONS
     assert "all saved" in (tmp_path / "stderr.txt").read_text()
     assert Process(config, "terminated", tmp_path).finish() == 0
     assert_as_undisturbed(folder, whole)

@@ -16,6 +16,7 @@ from instructax.batches import padded_layout
 from instructax.config import OptimizerConfig, PpoConfig
 from instructax.losses.ppo_ptx import combine_gradients
 from instructax.models import functional as model
+from instructax.rl.packing import packed_rows, padded_rows
 from instructax.steps.optimizer import make_optimizer
 from instructax.steps.ppo import (
     minibatch_order,
@@ -46,6 +47,8 @@ LENGTHS, WIDTH, RESPONSE = (6, 3, 1, 4, 2, 5), 6, 8
 STOPS = (3, 4, 5, 6)
 KEY, ORDER = jax.random.key(0), jax.random.key(7)
 OPTIMIZER = make_optimizer(RATE, 10)
+ORDER_UxM = np.asarray(minibatch_order(ORDER, len(LENGTHS), CONFIG))
+PADDED = padded_rows(ORDER_UxM, WIDTH + RESPONSE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +123,7 @@ def start(w: World) -> PpoState:
 def iterated(w: World, *, ptx=None, kl: float = 1.0, **changes):
     config = dataclasses.replace(CONFIG, **changes)
     ptx = w.ptx if ptx is None else ptx
-    return iteration(config)(start(w), scored(w)[0], ptx, jnp.float32(kl), ORDER)
+    return iteration(config)(start(w), scored(w)[0], ptx, jnp.float32(kl), PADDED)
 
 
 def norm(tree) -> float:
@@ -136,6 +139,7 @@ def minus(a, b):
 # --- the rollout
 
 
+@pytest.mark.laws
 def test_the_first_ratio_is_one(w):
     """Traps T5, T6, T7, T16 and T20 at once: padded, mixed lengths, a temperature, dropout named."""
     _, metrics = iterated(w)
@@ -143,10 +147,12 @@ def test_the_first_ratio_is_one(w):
     assert float(metrics["val/ratio_max_deviation"]) > 1e-3, "the second minibatch has moved"
 
 
+@pytest.mark.laws
 def test_the_gap_between_sampler_and_rescoring_is_rounding(w):
     assert 0 <= float(scored(w)[1]["val/sampler_gap_max"]) <= 1e-5
 
 
+@pytest.mark.laws
 def test_beta_acts_on_rewards_alone_and_linearly(w):
     """With lambda = discount = 1 returns are sums of rewards: affine in beta, slope minus the KL to come."""
     config = dataclasses.replace(CONFIG, gae_lambda=1.0, whiten_advantages=False)
@@ -173,6 +179,7 @@ def test_beta_acts_on_rewards_alone_and_linearly(w):
     )
 
 
+@pytest.mark.laws
 def test_a_policy_that_is_the_reference_has_no_kl(w):
     config = dataclasses.replace(CONFIG, gae_lambda=1.0, whiten_advantages=False)
     rollout, _, per_episode = scored(w, config, kl_coef=0.0, policy=w.reference)
@@ -205,9 +212,44 @@ def test_the_reward_model_reads_eos_where_a_stop_token_ended_the_response(w):
     np.testing.assert_allclose(per_episode["score"], expected, atol=1e-5)
 
 
+def packed(w: World, order_UxM) -> np.ndarray:
+    prompt_B = np.asarray(w.prompts.mask_BxP).sum(1)
+    length_B = prompt_B + np.asarray(w.responses.mask_BxT).sum(1)
+    return packed_rows(order_UxM, WIDTH - prompt_B, length_B, WIDTH + RESPONSE)
+
+
+@pytest.mark.laws
+def test_packed_rows_score_like_padded_ones(w):
+    source_RxL = packed(w, np.arange(len(LENGTHS))[None])[0]
+    assert len(source_RxL) < len(LENGTHS), "something must share a row"
+    kept = scored(w)
+    tight = scorer(CONFIG)(
+        w.policy, w.reference, w.value, w.reward, w.prompts, w.responses, jnp.float32(0.3), KEY,
+        source_RxL,
+    )  # fmt: skip
+    for got, want in zip(tight, kept, strict=True):
+        tiny.assert_close(got, want, atol=1e-5)
+    assert float(tight[1]["val/sampler_gap_max"]) < 1e-5
+
+
 # --- the update
 
 
+@pytest.mark.laws
+def test_packed_rows_update_like_padded_ones(w):
+    order_UxM = np.array([[2, 1, 0], [4, 2, 0]])  # in both a short one has room behind another
+    source_UxRxL = packed(w, order_UxM)
+    assert source_UxRxL.shape[1] < CONFIG.minibatch_size
+    step, rollout = iteration(CONFIG), scored(w)[0]
+    state, metrics = step(start(w), rollout, w.ptx, jnp.float32(1.0), source_UxRxL)
+    plain = padded_rows(order_UxM, WIDTH + RESPONSE)
+    expected, padded = step(start(w), rollout, w.ptx, jnp.float32(1.0), plain)
+    tiny.assert_close(state.policy.params, expected.policy.params, atol=2e-5)
+    tiny.assert_close(state.value.params, expected.value.params, atol=2e-5)
+    tiny.assert_close(metrics, padded, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.laws
 def test_gamma_zero_is_plain_ppo_bit_for_bit(w):
     """Parameters and optimizer state: whatever the text, measured or not, and written without it."""
     measured, metrics = iterated(w, ptx_coef=0.0)
@@ -228,8 +270,7 @@ def test_gamma_zero_is_plain_ppo_bit_for_bit(w):
             grads = jax.grad(value_loss, has_aux=True)(value.params, MODEL, CONFIG, minibatch)[0]
             return (policy, apply_gradients(value, grads, OPTIMIZER)), None
 
-        order_UxM = minibatch_order(ORDER, len(LENGTHS), CONFIG)
-        return jax.lax.scan(one, (state.policy, state.value), order_UxM)[0]
+        return jax.lax.scan(one, (state.policy, state.value), ORDER_UxM)[0]
 
     policy, value = plain(start(w), scored(w)[0])
     tiny.assert_equal(policy, measured.policy)
@@ -261,6 +302,7 @@ def test_the_gradient_is_the_sum_of_both(gradients):
     assert -1 < float(metrics["grad/cosine"]) < 1
 
 
+@pytest.mark.laws
 def test_without_rl_the_gradient_is_gamma_times_the_texts(gradients):
     _, ptx, of = gradients
     grads, _ = of(rl_coef=0.0, ptx_coef=3.0)
@@ -300,12 +342,11 @@ def test_gamma_rules_the_step_because_there_is_one(w, gradients):
 
 
 def test_a_scan_over_two_minibatches_is_two_updates_and_the_ema_follows_its_cadence(w):
-    order_UxM = np.asarray(minibatch_order(ORDER, len(LENGTHS), CONFIG))
-    assert sorted(order_UxM.ravel()) == list(range(len(LENGTHS)))
+    assert sorted(ORDER_UxM.ravel()) == list(range(len(LENGTHS)))
     update = jax.jit(functools.partial(ppo_update, config=CONFIG, **NETWORKS))
     rollout, state = scored(w)[0], start(w)
     passed = []
-    for u, index_M in enumerate(order_UxM):
+    for u, index_M in enumerate(ORDER_UxM):
         state, _ = update(state, tiny.rows_of(rollout, index_M), tiny.rows_of(w.ptx, u))
         passed.append(state.policy.params)
 

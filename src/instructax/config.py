@@ -72,6 +72,9 @@ class ModelConfig:
     """Dtype of activations; parameters, heads, losses and softmax over the vocabulary stay float32."""
     remat: Literal["none", "block"] = "block"
     """Recompute a block's activations in the backward pass."""
+    scan_unroll: int = 1
+    """Periods of the layer pattern in one step of the scan over layers. All of them is faster where layers are small
+    (on CPU a step of a scan stores and fetches what the backward pass needs), and longer to compile."""
 
     @property
     def head_width(self) -> int:
@@ -300,6 +303,8 @@ class SftConfig:
     """Share of pretraining rows in each batch (the RL init: 0.1)."""
     select_by: Literal["auto", "reward", "loss", "last"] = "auto"
     """Which epoch's checkpoint is final: by reward-model score on validation prompts where there is one, else by validation loss."""
+    select_samples: int = 1
+    """Samples of each validation prompt behind the reward-model choice; more make it less noisy."""
     init_from: str = ""
     """Parameters to start from; empty means the run's pretrained model."""
 
@@ -328,6 +333,8 @@ class RewardConfig:
     """Residual dropout. Not stated."""
     max_responses: int = 9
     """Largest K."""
+    evaluations: int = 10
+    """Held-out accuracy measured this many times during training; the last time is at the end."""
     center_on_demonstrations: bool = True
     """After training, store the bias that gives demonstrations mean score 0."""
     init_from: str = ""
@@ -350,6 +357,8 @@ class PpoConfig:
     """Episodes of an iteration."""
     minibatch_size: int = 64
     """Episodes of one update."""
+    packed: bool = True
+    """Several episodes in a row for scoring and updates, none seeing another; false pads each to its own row."""
     inner_epochs: int = 1
     """Passes over the episodes of an iteration (Ziegler: 4)."""
     policy_optimizer: OptimizerConfig = field(

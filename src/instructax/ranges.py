@@ -58,7 +58,7 @@ def _table(**groups: str) -> dict[str, Range]:
 RANGES: dict[type, dict[str, Range]] = {
     ModelConfig: _table(
         COUNT="num_layers d_model num_heads num_kv_heads d_head d_ff vocab_size vocab_multiple "
-        "context_length band_width",
+        "context_length band_width scan_unroll",
         POSITIVE="norm_eps rope_theta init_std",
         BELOW_ONE="dropout",
     ),
@@ -80,12 +80,12 @@ RANGES: dict[type, dict[str, Range]] = {
         "row_length": Range(2),
     },
     SftConfig: _table(
-        COUNT="batch_size row_length epochs",
+        COUNT="batch_size row_length epochs select_samples",
         BELOW_ONE="dropout pretrain_mix",
         FRACTION="prompt_loss_weight",
     ),
     RewardConfig: {
-        **_table(COUNT="batch_size row_length epochs", BELOW_ONE="dropout"),
+        **_table(COUNT="batch_size row_length epochs evaluations", BELOW_ONE="dropout"),
         "max_responses": Range(2, 9),
     },
     PpoConfig: {

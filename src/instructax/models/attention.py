@@ -43,7 +43,7 @@ def attention(q_BxLxHxC: Array, k_BxSxGxC: Array, v_BxSxGxC: Array, mask_BxLxS: 
     )
     mask = mask_BxLxS[:, None, None]
     weight = jax.nn.softmax(jnp.where(mask, score, jnp.finfo(jnp.float32).min), axis=-1)
-    # A query with an empty mask got uniform weights; this makes its output 0, so padding cannot leak.
-    weight = jnp.where(mask, weight, 0.0).astype(v_BxSxGxC.dtype)
-    out = jnp.einsum("bgrls,bsgc->blgrc", weight, v_BxSxGxC)
-    return out.reshape(rows, length, heads, width)
+    out = jnp.einsum("bgrls,bsgc->blgrc", weight.astype(v_BxSxGxC.dtype), v_BxSxGxC)
+    out = out.reshape(rows, length, heads, width)
+    # A query with an empty mask got uniform weights: 0 instead, so that padding cannot leak.
+    return jnp.where(mask_BxLxS.any(axis=-1)[:, :, None, None], out, 0.0)

@@ -105,5 +105,7 @@ def hidden(
         lambda p: p.reshape((periods, len(pattern)) + p.shape[1:]), params["blocks"]
     )
     first_layer = jnp.arange(periods) * len(pattern)
-    x, _ = jax.lax.scan(period, x, (by_period, first_layer))
+    x, _ = jax.lax.scan(
+        period, x, (by_period, first_layer), unroll=min(config.scan_unroll, periods)
+    )
     return finish(params, config, x)

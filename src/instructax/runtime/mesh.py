@@ -48,6 +48,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, partitioning.batch_spec())
 
 
+def shards(mesh: Mesh) -> int:
+    """How many parts the rows of a batch are divided into."""
+    return math.prod(mesh.shape[axis] for axis in partitioning.BATCH_AXES)
+
+
 def put_batch(mesh: Mesh, batch: Any) -> Any:
     """Turn a pytree of NumPy arrays, the same *global* batch on every process, into global arrays.
 
@@ -58,7 +63,7 @@ def put_batch(mesh: Mesh, batch: Any) -> Any:
     Raises:
       UserError: a number of rows that the data axes do not divide.
     """
-    parts = math.prod(mesh.shape[axis] for axis in partitioning.BATCH_AXES)
+    parts = shards(mesh)
     rows_sharding, whole = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
 
     def put(path, leaf):

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from instructax.batches import LmBatch
 from instructax.config import Config, UserError
@@ -22,6 +23,7 @@ from instructax.data import pretraining, prompts
 from instructax.data.pipeline import derive_seed, prefetch
 from instructax.models import functional as model
 from instructax.records import prompt_text
+from instructax.rl.packing import packed_rows, padded_rows
 from instructax.runtime import mesh
 from instructax.runtime.checkpoint import Checkpoints
 from instructax.runtime.folder import open_run as open_folder
@@ -36,6 +38,7 @@ from instructax.steps.optimizer import make_optimizer
 from instructax.steps.rollout import sample_responses, score_rollout
 from instructax.steps.state import PpoState, TrainState, create
 
+Array = Any
 Params = Any
 
 ITEMS = ("params", "ema", "value", "rest")
@@ -106,8 +109,8 @@ def _train(run: Run, arm: str) -> None:
 
         try:
             with MetricsWriter(folder, resume_step=done or -1) as writer, StopSignal() as stop:
-                if not done:
-                    watch(0, state)
+                if not done and (before := watch(0, state)):
+                    writer.write(0, before)
                 run_steps(
                     name=arm,
                     start=done,
@@ -158,9 +161,13 @@ def _programs(
 ) -> Callable[..., tuple[PpoState, dict[str, Any]]]:
     """(state, i, prompts, text) -> (state, metrics): an iteration's three programs in order."""
     c, config = run.config.ppo, run.config
-    sample = jax.jit(
-        functools.partial(
-            sample_responses,
+    whole = NamedSharding(run.mesh, PartitionSpec())
+
+    def sampled_with_lengths(policy: Params, key: Array, prompt_batch):
+        responses = sample_responses(
+            policy,
+            key,
+            prompt_batch,
             model_config=config.model,
             response_length=c.response_length,
             temperature=c.temperature,
@@ -168,7 +175,9 @@ def _programs(
             pad_id=run.tokenizer.pad_id,
             stop_ids=stop_ids(run),
         )
-    )
+        return responses, responses.mask_BxT.sum(axis=1)
+
+    sample = jax.jit(sampled_with_lengths, out_shardings=(None, whole))
     score = jax.jit(
         functools.partial(
             score_rollout,
@@ -192,15 +201,31 @@ def _programs(
         donate_argnums=0,
         out_shardings=(shardings, None),
     )
+    order = jax.jit(
+        functools.partial(ppo_steps.minibatch_order, episodes=c.batch_size, config=c),
+        out_shardings=whole,
+    )
     rollout_key = run.key("ppo/rollout")
     score_key, order_key = run.key("ppo/shuffled_scores"), run.key("ppo/minibatches")
+
+    def rows(prompt_batch, length_B, order_UxM) -> Array:
+        """The plan of :mod:`instructax.rl.packing`: no slot of a program for padding, or one row an episode."""
+        width = c.prompt_length + c.response_length
+        if not c.packed:
+            return np.asarray(padded_rows(order_UxM, width))
+        prompt_B = prompt_batch.mask_BxP.sum(axis=1)
+        return packed_rows(
+            order_UxM, c.prompt_length - prompt_B, prompt_B + length_B, width, mesh.shards(run.mesh)
+        )
 
     def iterate(state: PpoState, i: int, prompt_batch, text) -> tuple[PpoState, dict[str, Any]]:
         began = time.perf_counter()
         batch = mesh.put_batch(run.mesh, prompt_batch)
         policy = state.policy.params
-        responses = sample(policy, jax.random.fold_in(rollout_key, i), batch)
-        sampled = _ready_at(responses)
+        responses, length = sample(policy, jax.random.fold_in(rollout_key, i), batch)
+        length_B = np.asarray(length)  # rows are planned on the host, so it waits for the lengths
+        sampled = time.perf_counter()
+        everyone = np.arange(c.batch_size, dtype=np.int32)[None]
         rollout, metrics, _ = score(
             policy,
             reference,
@@ -210,11 +235,12 @@ def _programs(
             responses,
             state.kl_coef,
             jax.random.fold_in(score_key, i),
+            rows(prompt_batch, length_B, everyone)[0],
         )
+        order_UxM = np.asarray(order(jax.random.fold_in(order_key, i)))
+        source_UxRxL = rows(prompt_batch, length_B, order_UxM)
         scored = _ready_at(rollout)
-        state, update_metrics = update(
-            state, rollout, text, metrics["objective/kl"], jax.random.fold_in(order_key, i)
-        )
+        state, update_metrics = update(state, rollout, text, metrics["objective/kl"], source_UxRxL)
         updated = _ready_at(update_metrics)
         times = {
             "timing/rollout": sampled - began,

@@ -22,6 +22,7 @@ from instructax.losses.value import clipped_value_loss
 from instructax.masking import masked_mean
 from instructax.models import functional as model
 from instructax.rl.kl import adaptive_kl_update
+from instructax.rl.packing import take_rollout
 from instructax.steps.rollout import values_before
 from instructax.steps.state import PpoState, TrainState, apply_gradients, global_norm, move_average
 
@@ -170,7 +171,7 @@ def ppo_iteration(
     rollout: Rollout,
     ptx_batches: LmBatch,
     observed_kl: Array,
-    key: Array,
+    source_UxRxL: Array,
     *,
     config: PpoConfig,
     **networks: Any,
@@ -181,21 +182,21 @@ def ppo_iteration(
       rollout: B frozen episodes.
       ptx_batches: pretraining text of every update, stacked on a leading axis U = updates.
       observed_kl: nats a sequence, of this iteration's rollout.
-      key: orders the minibatches.
+      source_UxRxL: the episodes of each update and how they lie in rows; :func:`minibatch_order`
+        with :func:`~instructax.rl.packing.padded_rows` or ``packed_rows``.
       networks: model_config, reward_config, policy_optimizer, value_optimizer of :func:`ppo_update`.
 
     Returns:
       (state, metrics): means over the updates, and ``val/first_ratio_deviation``, the max
       |ratio - 1| of the first minibatch, which is 0 up to rounding if rollout and update agree.
     """
-    order_UxM = minibatch_order(key, rollout.mask_BxL.shape[0], config)
 
     def one(state, scanned):
-        index_M, ptx_batch = scanned
-        minibatch = jax.tree.map(lambda x: x[index_M], rollout)
+        source_RxL, ptx_batch = scanned
+        minibatch = take_rollout(rollout, source_RxL)
         return ppo_update(state, minibatch, ptx_batch, config=config, **networks)
 
-    state, metrics = jax.lax.scan(one, state, (order_UxM, ptx_batches))
+    state, metrics = jax.lax.scan(one, state, (source_UxRxL, ptx_batches))
     first_deviation = metrics["val/ratio_max_deviation"][0]
     metrics = {name: value.mean() for name, value in metrics.items()}
     metrics["val/first_ratio_deviation"] = first_deviation

@@ -21,6 +21,7 @@ from instructax.models import functional as model
 from instructax.rl.gae import generalized_advantage
 from instructax.rl.generate import CUT_BY_LENGTH, ENDED_BY_STOP, generate
 from instructax.rl.kl import per_token_kl
+from instructax.rl.packing import on_rows
 from instructax.rl.rewards import apply_missing_eos, shaped_reward
 
 Array = Any
@@ -82,6 +83,7 @@ def response_scores(
     responses: Responses,
     *,
     eos_id: int,
+    source_RxL: Array | None = None,
 ) -> Array:
     """score_B of the reward model, read at the last real response token (trap T3).
 
@@ -94,7 +96,7 @@ def response_scores(
     stopped_Bx1 = (responses.stop_B == ENDED_BY_STOP)[:, None]
     token_BxL = jnp.where(is_last_BxL & stopped_Bx1, eos_id, layout.token_BxL)
     layout = Layout(token_BxL, layout.position_BxL, layout.segment_BxL, layout.prefix_BxL)
-    value_BxL = model.scalars(params, model_config, layout)
+    value_BxL = on_rows(lambda rows: model.scalars(params, model_config, rows), layout, source_RxL)
     return jnp.take_along_axis(value_BxL, last_B[:, None], axis=1)[:, 0]
 
 
@@ -114,6 +116,7 @@ def score_rollout(
     responses: Responses,
     kl_coef: Array,
     key: Array,
+    source_RxL: Array | None = None,
     *,
     config: PpoConfig,
     model_config: ModelConfig,
@@ -127,27 +130,36 @@ def score_rollout(
     Per episode: score = gain * RM + bias, missing-EOS rule, reward_t = -beta * kl_t plus the score
     at the last real token, values before each token, GAE, returns, whitened advantages.
 
+    Args:
+      source_RxL: the rows on which the networks read the episodes (:mod:`instructax.rl.packing`);
+        None reads a padded row an episode. The results are the same.
+
     Returns:
       (rollout, metrics, per-episode {"score", "kl", "length"} arrays for the samples file).
     """
     layout, mask_BxL = episode_layout(prompts, responses)
-    raw_B = response_scores(reward, reward_config, prompts, responses, eos_id=eos_id)
+    raw_B = response_scores(
+        reward, reward_config, prompts, responses, eos_id=eos_id, source_RxL=source_RxL
+    )
     raw_B = reward_gain * raw_B + reward_bias
     if config.score_control == "shuffled":
         raw_B = jax.random.permutation(key, raw_B)
     finished_B = responses.stop_B != CUT_BY_LENGTH
     score_B = apply_missing_eos(raw_B, finished_B, config.missing_eos, missing_eos_value(config))
 
-    statistics = model.token_statistics(
-        policy, model_config, layout, temperature=config.temperature
-    )
+    def networks(rows: Layout) -> tuple[dict[str, Array], Array, Array]:
+        temperature = config.temperature
+        return (
+            model.token_statistics(policy, model_config, rows, temperature=temperature),
+            model.token_logprobs(reference, model_config, rows, temperature=temperature),
+            values_before(value, reward_config, rows),
+        )
+
+    statistics, ref_logp_BxL, value_BxL = on_rows(networks, layout, source_RxL)
     rescored_BxL = statistics["logp"]
     sampled_BxL = jnp.pad(responses.logp_BxT, ((0, 0), (prompts.token_BxP.shape[1], 0)))
     old_logp_BxL = rescored_BxL if config.old_logp_from == "rescore" else sampled_BxL
     old_logp_BxL = jnp.where(mask_BxL, old_logp_BxL, 0.0)
-    ref_logp_BxL = model.token_logprobs(
-        reference, model_config, layout, temperature=config.temperature
-    )
 
     kl_BxL = per_token_kl(old_logp_BxL, ref_logp_BxL, mask_BxL, config.kl_estimator)
     k1_B = per_token_kl(old_logp_BxL, ref_logp_BxL, mask_BxL, "k1").sum(axis=1)
@@ -155,7 +167,7 @@ def score_rollout(
     unwhitened_B = reward_BxL.sum(axis=1)
     if config.whiten_rewards:
         reward_BxL = masking.whiten(reward_BxL, mask_BxL, shift_mean=False)
-    value_BxL = jnp.where(mask_BxL, values_before(value, reward_config, layout), 0.0)
+    value_BxL = jnp.where(mask_BxL, value_BxL, 0.0)
     advantage_BxL, return_BxL = generalized_advantage(
         reward_BxL, value_BxL, mask_BxL, config.discount, config.gae_lambda
     )

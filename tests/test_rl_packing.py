@@ -1,0 +1,117 @@
+"""Plans that lay episodes into rows: nothing lost, nothing twice, few shapes."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from instructax.batches import padded_layout
+from instructax.rl.packing import PARTS, on_rows, packed_rows, padded_rows, take, take_layout
+
+WIDTH, PROMPT = 12, 7
+
+
+def lengths(rng, episodes: int) -> tuple[np.ndarray, np.ndarray]:
+    prompt_B = rng.integers(1, PROMPT + 1, episodes)
+    return PROMPT - prompt_B, prompt_B + rng.integers(0, WIDTH - PROMPT + 1, episodes)
+
+
+def slots_of(episode: int, start_B, length_B) -> list[int]:
+    first = episode * WIDTH + int(start_B[episode])
+    return list(range(first, first + int(length_B[episode])))
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), size=st.integers(1, 40), shards=st.sampled_from((1, 2, 4)))
+def test_every_real_slot_lies_once_in_its_own_group(seed, size, shards):
+    size *= shards
+    rng = np.random.default_rng(seed)
+    start_B, length_B = lengths(rng, 2 * size)
+    order_UxM = rng.permutation(2 * size).reshape(2, size)
+    source = packed_rows(order_UxM, start_B, length_B, WIDTH, shards)
+    assert source.shape[1] % shards == 0 and source.shape[1] <= size
+    for order_M, source_RxL in zip(order_UxM, source, strict=True):
+        wanted = sorted(slot for e in order_M for slot in slots_of(e, start_B, length_B))
+        assert sorted(source_RxL[source_RxL >= 0].tolist()) == wanted
+        for row in source_RxL:
+            real = row[row >= 0]
+            assert (row[: len(real)] >= 0).all(), "padding stands behind"
+            for episode in set((real // WIDTH).tolist()):
+                inside = real[real // WIDTH == episode].tolist()
+                assert inside == slots_of(episode, start_B, length_B), "whole and in order"
+
+
+def test_rows_come_in_few_numbers_and_padding_is_little():
+    rng = np.random.default_rng(0)
+    shapes, filled = set(), []
+    for _ in range(200):
+        start_B, length_B = lengths(rng, 48)
+        source = packed_rows(np.arange(48)[None], start_B, length_B, WIDTH)
+        shapes.add(source.shape[1])
+        filled.append((source >= 0).mean())
+    assert shapes <= {48 * part // PARTS for part in range(1, PARTS + 1)}
+    assert np.mean(filled) > 0.8
+
+
+def test_one_long_episode_a_row_is_as_many_rows_as_episodes():
+    source = packed_rows(np.arange(5)[None], np.zeros(5, int), np.full(5, WIDTH), WIDTH)
+    np.testing.assert_array_equal(np.sort(source[0].ravel()), np.arange(5 * WIDTH))
+
+
+@pytest.mark.parametrize(("start", "length"), [(-1, 3), (0, WIDTH + 1), (8, 5)])
+def test_an_episode_that_leaves_its_row_is_refused(start, length):
+    with pytest.raises(ValueError, match="start_B and length_B"):
+        packed_rows(np.zeros((1, 1), int), np.array([start]), np.array([length]), WIDTH)
+
+
+def test_shards_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="order_UxM has 3"):
+        packed_rows(np.arange(3)[None], np.zeros(3, int), np.ones(3, int), WIDTH, shards=2)
+
+
+@pytest.fixture
+def episodes():
+    rng = np.random.default_rng(3)
+    start_B, length_B = lengths(rng, 6)
+    slot_L = np.arange(WIDTH)
+    mask = (slot_L >= start_B[:, None]) & (slot_L < (start_B + length_B)[:, None])
+    layout = padded_layout(jnp.asarray(rng.integers(1, 90, (6, WIDTH)), jnp.int32), mask)
+    return layout, mask, packed_rows(np.arange(6)[None], start_B, length_B, WIDTH)[0]
+
+
+def test_packed_episodes_are_segments_with_their_own_positions(episodes):
+    layout, _, source = episodes
+    rows = take_layout(layout, source)
+    for row in range(len(source)):
+        real = source[row] >= 0
+        episode = source[row][real] // WIDTH
+        _, order = np.unique(episode, return_index=True)
+        names = {episode[first]: n for n, first in enumerate(sorted(order), start=1)}
+        expected = [names[e] for e in episode]
+        np.testing.assert_array_equal(rows.segment_BxL[row][real], expected)
+        assert not np.asarray(rows.segment_BxL[row])[~real].any()
+    np.testing.assert_array_equal(rows.token_BxL, take(layout.token_BxL, source))
+    np.testing.assert_array_equal(rows.position_BxL, take(layout.position_BxL, source))
+
+
+def test_padded_rows_give_the_layout_back(episodes):
+    layout, _, _ = episodes
+    rows = take_layout(layout, padded_rows(np.arange(6)[None], WIDTH)[0])
+    for got, want in zip(
+        (rows.token_BxL, rows.position_BxL, rows.segment_BxL),
+        (layout.token_BxL, layout.position_BxL, layout.segment_BxL),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_results_come_home(episodes):
+    layout, mask, source = episodes
+    name = {"token": lambda rows: rows.token_BxL, "position": lambda rows: rows.position_BxL}
+    for what in name.values():
+        got = on_rows(what, layout, source)
+        np.testing.assert_array_equal(got, np.where(mask, what(layout), 0))
+        np.testing.assert_array_equal(on_rows(what, layout, None), what(layout))
