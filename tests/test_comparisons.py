@@ -11,7 +11,7 @@ from instructax.batches import predecessor
 from instructax.config import UserError
 from instructax.data.comparisons import ComparisonExamples, layout_rows, stream, tokenise
 from instructax.data.convert import open_assistant
-from instructax.data.sources import parse_line
+from instructax.data.readers import parse_line
 from instructax.data.tokenizer import Tokenizer, train_tokenizer
 
 TOKENIZER = Tokenizer.from_bytes(train_tokenizer(["abc abd bcd"] * 9, 276))

@@ -15,7 +15,7 @@ from instructax.data.convert import (
     plain_text,
     self_instruct,
 )
-from instructax.data.sources import parse_line
+from instructax.data.readers import parse_line
 from instructax.records import RecordError, validate_record
 
 

@@ -147,21 +147,44 @@ def test_long_prompts_are_counted():
     assert report.counts == {"too_long": 1, "longest": 3}
 
 
+def few_shot(count, instruction="Do it.", **fields):
+    examples = [{"query": f"query{i}", "response": f"response{i}"} for i in range(count)]
+    return {"prompt": instruction, "few_shot": examples, **fields}
+
+
 def test_few_shot_expansion_leaves_the_answer_out():
-    pairs = [(f"query{i}", f"response{i}") for i in range(4)]
-    records = expand_few_shot("Do it.", pairs, user_id="u")
-    assert len(records) == 4
+    records, report = expand_few_shot([few_shot(4, user_id="u", labeler_id="l", id=7)])
+    assert len(records) == report.kept == 4 and report.removed == 0
+    assert report.counts == {"records": 1, "examples": 4}
     for k, record in enumerate(records):
         validate_record("demonstration", record, "f:1")
         validate_record("prompt", record, "f:1")
         assert record["response"] == f"response{k}" and record["source"] == "few_shot"
-        assert f"response{k}" not in record["prompt"]
+        assert f"response{k}" not in record["prompt"] and "few_shot" not in record
         assert record["prompt"].startswith("Do it.\n\n")
         assert record["prompt"].endswith(f"query{k}\n")
         assert all(f"query{i}\nresponse{i}" in record["prompt"] for i in range(4) if i != k)
-    assert "user_id" not in expand_few_shot("Do it.", pairs)[0]
-    with pytest.raises(ValueError, match="pairs"):
-        expand_few_shot("Do it.", pairs[:1])
+        assert (record["user_id"], record["labeler_id"], record["id"]) == ("u", "l", f"7/{k}")
+
+
+def test_few_shot_expansion_leaves_other_records_alone_and_in_place():
+    plain = prompts("a", "b", user_id="u")
+    records, report = expand_few_shot([plain[0], few_shot(2, source="api"), plain[1]])
+    assert [records[0], records[-1]] == plain and len(records) == 4
+    assert [r["source"] for r in records[1:3]] == ["api", "api"]
+    # One content for intervals over content: the examples share their shots.
+    assert len({r["content_key"] for r in records[1:3]}) == 1
+    again, nothing = expand_few_shot(records)
+    assert again == records and nothing.counts == {"records": 0, "examples": 0}
+    assert report.kept == 4
+
+
+def test_few_shot_records_are_compared_and_searched_with_their_examples():
+    other = few_shot(3)
+    assert len(deduplicate([few_shot(2), other, few_shot(2)])[0]) == 2
+    other["few_shot"][1]["response"] = "write to a.person@mail.example.com"
+    kept, report = remove_personal_data([few_shot(2), other])
+    assert kept == [few_shot(2)] and report.counts == {"email": 1}
 
 
 def test_overlap_measures_are_nested():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from instructax.config import UserError
 from instructax.data.convert import self_instruct
 from instructax.data.demonstrations import DemonstrationExamples, stream, tokenise
-from instructax.data.sources import parse_line
+from instructax.data.readers import parse_line
 from instructax.data.tokenizer import Tokenizer, train_tokenizer
 
 TOKENIZER = Tokenizer.from_bytes(train_tokenizer(["abc abd bcd some words"] * 9, 280))

@@ -24,7 +24,7 @@ class Run:
         self.folder = folder
         self.saved: list[int] = []
 
-    def __call__(self, step, *, start=0, total=6, save_at=lambda done: done % 4 == 0, log_every=1):
+    def __call__(self, step, *, start=0, total=6, save_at=lambda done: done % 4 == 0, **more):
         with MetricsWriter(self.folder) as writer, StopSignal() as stop:
             run_steps(
                 name="sft",
@@ -36,7 +36,7 @@ class Run:
                 writer=writer,
                 show=("loss",),
                 stop=stop,
-                log_every=log_every,
+                **more,
             )
 
     @property
@@ -70,8 +70,8 @@ def test_nothing_is_left_to_do(run):
     assert run.rows == [] and run.saved == []
 
 
-def test_log_every_still_writes_what_is_saved_and_the_last(run):
-    run(loss_of, total=7, log_every=3)
+def test_logging_now_and_then_still_writes_what_is_saved_and_the_last(run):
+    run(loss_of, total=7, log_at=lambda done: done % 3 == 0)
     assert [done for done, _ in run.rows] == [3, 4, 6, 7] and run.saved == [4, 7]
 
 

@@ -1,4 +1,4 @@
-"""Streams: pure in (seed, step), whole epochs, exact mixtures, prefetching that changes nothing."""
+"""Streams: pure in (seed, step), whole epochs, prefetching that changes nothing."""
 
 from __future__ import annotations
 
@@ -11,48 +11,18 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from streams import equal, lm_stream
 
 from instructax.config import UserError
-from instructax.data import demonstrations, pretraining
-from instructax.data.demonstrations import DemonstrationExamples
 from instructax.data.pipeline import (
-    MixedStream,
     PlannedUnits,
     SingleUnits,
     derive_seed,
     first_fit,
-    mix_lm,
     prefetch,
 )
 
 pytest.importorskip("grain")
-
-
-def examples(count: int, length: int = 3) -> DemonstrationExamples:
-    """Example i is made of the token 100 + i, so that rows tell where they come from."""
-    return DemonstrationExamples(
-        prompts=[np.full(length, 100 + i, np.int32) for i in range(count)],
-        responses=[np.full(length, 100 + i, np.int32) for i in range(count)],
-        record_index_n=np.arange(count),
-        dropped={},
-        pad_id=0,
-    )
-
-
-def lm_stream(count=20, batch_size=5, seed=0, packed=False, row_length=8):
-    return demonstrations.stream(
-        examples(count), batch_size=batch_size, row_length=row_length, packed=packed, seed=seed
-    )
-
-
-def text_stream(num_docs=40, batch_size=5, seed=0):
-    docs = [np.asarray([1, *range(2000 + 10 * i, 2007 + 10 * i), 2]) for i in range(num_docs)]
-    return pretraining.stream(docs, batch_size=batch_size, row_length=8, seed=seed)
-
-
-def equal(a, b) -> bool:
-    same = jax.tree.map(lambda x, y: x.dtype == y.dtype and np.array_equal(x, y), a, b)
-    return all(jax.tree.leaves(same))
 
 
 @pytest.mark.parametrize(
@@ -134,44 +104,6 @@ def test_purposes_have_independent_seeds():
     seeds = {derive_seed(s, p) for s in range(20) for p in ("prompts", "pretraining")}
     assert len(seeds) == 40
     assert derive_seed(1, "prompts") == derive_seed(1, "prompts")
-
-
-@pytest.mark.parametrize("weight", [0.1, 0.5, 1 / 3, 0.02])
-def test_mixture_shares_are_exact_and_lose_no_row(weight):
-    a, b = lm_stream(count=20, batch_size=8), text_stream()
-    mixed = mix_lm(a, b, weight)
-    rows_b = 0
-    for g in range(30):
-        tokens = mixed(g).layout.token_BxL
-        assert tokens.shape == (8, 8)
-        rows_b += int((tokens.max(1) >= 1000).sum())
-        assert abs(rows_b - weight * 8 * (g + 1)) <= 1
-        assert mixed.cursors(g + 1) == [8 * (g + 1) - rows_b, rows_b]
-    mine = np.concatenate([mixed(g).layout.token_BxL for g in range(12)])
-    mine = mine[mine.max(1) < 1000]
-    assert np.array_equal(mine, a.rows(0, len(mine)).layout.token_BxL)
-    again = mix_lm(lm_stream(count=20, batch_size=8), text_stream(), weight)
-    assert equal(again(7), mixed(7))
-
-
-def test_a_mixtures_epoch_is_its_first_components():
-    mixed = mix_lm(lm_stream(count=20, batch_size=8), text_stream(), 0.25)
-    assert [mixed.steps_per_epoch(e) for e in range(3)] == [4, 3, 3]
-    assert mixed.cursors(4)[0] >= 20 > mixed.cursors(3)[0]
-    assert mixed.num_examples == 20
-
-
-def test_mixture_edges():
-    a, b = lm_stream(), text_stream()
-    assert mix_lm(a, b, 0.0) is a
-    for weight in (-0.1, 1.0):
-        with pytest.raises(ValueError, match="weight_b"):
-            mix_lm(a, b, weight)
-    for components in ([], [(a, 0.0)], [(a, 1.0), (b, -1.0)]):
-        with pytest.raises(ValueError, match="weights"):
-            MixedStream(components, 4)
-    with pytest.raises(UserError, match="rows of one length"):
-        mix_lm(lm_stream(row_length=9), b, 0.5)(0)
 
 
 @given(st.lists(st.integers(0, 10), max_size=40))

@@ -17,6 +17,7 @@ CHAT = [
     {"role": "assistant", "content": "a"},
     {"role": "user", "content": "u2"},
 ]
+SHOTS = [{"query": "q1", "response": "r1"}, {"query": "q2", "response": "r2"}]
 
 GOOD = [
     ("demonstration", DEMONSTRATION),
@@ -26,6 +27,8 @@ GOOD = [
     ("comparison", COMPARISON | {"responses": ["", "b", "c"], "flags": [{"x": 1}]}),
     ("prompt", {"prompt": "p", "source": "few_shot"}),
     ("prompt", {"messages": CHAT[1:2]}),
+    ("prompt", {"prompt": "p", "few_shot": SHOTS, "user_id": "u"}),
+    ("demonstration", {"prompt": "p", "few_shot": SHOTS}),
     ("text", {"text": "t"}),
 ]
 
@@ -78,6 +81,16 @@ BAD = [
     ("comparison", {"ratings": [0, 7, 2]}, "ratings[0] is 0"),
     ("comparison", {"ratings": ["1", 7, 2]}, "ratings[0] is text"),
     ("comparison", {"flags": "bad"}, "flags is text"),
+    ("comparison", {"few_shot": SHOTS}, "few_shot stands in a comparison"),
+    ("demonstration", {"few_shot": SHOTS}, "both response and few_shot"),
+    ("prompt", {"prompt": DELETE, "messages": CHAT, "few_shot": SHOTS}, "messages and few_shot"),
+    ("prompt", {"few_shot": None}, "few_shot is null"),
+    ("prompt", {"few_shot": []}, "few_shot holds 0 examples"),
+    ("prompt", {"few_shot": SHOTS[:1]}, "few_shot holds 1 example"),
+    ("prompt", {"few_shot": [SHOTS[0], "q"]}, "few_shot[1] is text"),
+    ("prompt", {"few_shot": [SHOTS[0], {"query": "q"}]}, "few_shot[1].response is missing"),
+    ("prompt", {"few_shot": [{"response": "r"}, SHOTS[0]]}, "few_shot[0].query is missing"),
+    ("prompt", {"few_shot": [SHOTS[0], SHOTS[1] | {"query": " "}]}, "few_shot[1].query is empty"),
 ]
 BAD_MESSAGES = [
     ("hello", "messages is text"),
@@ -151,6 +164,7 @@ def test_finished_defaults_to_true():
     assert finished(COMPARISON | {"finished": [True, False, True]}) == [True, False, True]
 
 
-def test_prompt_text_reads_both_forms():
+def test_prompt_text_reads_every_form():
     assert prompt_text({"prompt": "p"}) == "p"
     assert prompt_text({"messages": CHAT[:2]}) == "system: s\nuser: u"
+    assert prompt_text({"prompt": "p", "few_shot": SHOTS}) == "p\n\nq1\nr1\n\nq2\nr2"

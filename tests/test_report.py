@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from instructax.config import Config, UserError
-from instructax.report import figures, folder, page, plots
+from instructax.report import figures, folder, page, plots, sections
 
 HOSTILE = "<script>alert('x')</script><img src=http://example.com/a.png>"
 KINDS = ("generation", "open_qa", "chat")
@@ -181,7 +181,8 @@ def write_run(
         write_stage(at / "pretrain", supervised_rows(6 * iterations, 6, rng))
         write_stage(at / "sft", supervised_rows(3 * iterations, 9, rng))
         candidates = [
-            {"epoch": n + 1, "step": 9 * n, "reward": n / 4} for n in range(iterations // 3)
+            {"epoch": n + 1, "step": 9 * n, "reward": n / 4, "reward_se": 0.01 * n}
+            for n in range(iterations // 3)
         ]
         (at / "sft" / "candidates.json").write_text(json.dumps(candidates))
         (at / "sft" / "chosen.json").write_text(json.dumps(candidates[-1] | {"by": "reward"}))
@@ -240,7 +241,7 @@ def test_what_a_colleague_asks_is_answered(whole: str) -> None:
                   "instructax run --config configs/demo.py", "60 iterations of 128 episodes",
                   "average of the policy (EMA)", "ppo.kl_coef", "PPO with ptx_coef = 0",
                   "3.0 GiB", "no accelerator, 2 processor cores", "jax 0.10.1", "chosen by reward in seed0",
-                  "Supervised fine-tuning (SFT): reward model&#39;s score of each epoch", "9 min", "personal_data.e-mail"):  # fmt: skip
+                  "Supervised fine-tuning (SFT): reward model&#39;s score of each epoch", "standard error is at most 0.03.", "9 min", "personal_data.e-mail"):  # fmt: skip
         assert words in whole, words
     assert figures.NOT_MEASURED not in whole
 
@@ -260,6 +261,62 @@ def test_one_stage_alone(tmp_path: Path, stage: str) -> None:
     text = page.write_report(tmp_path).read_text()
     assert "Win rates: not measured" in text
     assert "<svg" in text
+
+
+def measured_first(arm: str, iterations: int = 6) -> list[dict]:
+    """Iterations 1, 2, ... as PPO logs them, behind a row of the init's pretraining loss alone."""
+    rows = ppo_rows(arm, iterations, random.Random(6))
+    later = [row | {"step": row["step"] + 1, "time": row["time"] + 9.0} for row in rows]
+    return [{"step": 0, "time": 0.0, "eval/pretrain_nll": 2.25}, *later]
+
+
+def test_the_alignment_tax_starts_at_the_init(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in range(2):
+        for arm in ("ppo", "ppo_ptx"):
+            write_stage(tmp_path / f"seed{seed}" / arm, measured_first(arm))
+    run = folder.read(tmp_path)
+    drawn = []
+    real = plots.curves
+    monkeypatch.setattr(
+        plots, "curves", lambda groups, **k: drawn.append(groups) or real(groups, **k)
+    )
+    (panel,) = sections.forgetting(run, run.arms)
+    assert "RL init, iteration 0" in panel.note
+    for arm, by_seed in drawn[0]:
+        for x, y in by_seed.values():
+            assert (x[0], y[0]) == (0, 0) and len(x) == 7
+            assert y[1] == pytest.approx(measured_first(arm)[1]["eval/pretrain_nll"] - 2.25)
+
+
+def test_without_a_row_of_the_init_the_tax_starts_where_it_was_first_measured(
+    tmp_path: Path,
+) -> None:
+    write_stage(tmp_path / "seed0" / "ppo", measured_first("ppo")[1:])
+    run = folder.read(tmp_path)
+    (panel,) = sections.forgetting(run, run.arms)
+    assert "first measurement" in panel.note
+
+
+def test_a_row_of_the_init_leaves_the_rest_of_the_report_as_it_was(tmp_path: Path) -> None:
+    pages = {}
+    for name, first in (("with", 0), ("without", 1)):
+        at = write_run(tmp_path / name / "demo", seeds=1, arms=())
+        for arm in ("ppo", "ppo_ptx"):
+            write_stage(at / "seed0" / arm, measured_first(arm)[first:], timed_samples(6))
+        run = folder.read(at)
+        pages[name] = [
+            figures.stage_table(run).rows[-1][:4],
+            [panel.svg for panel in sections.panels(run, run.arms, sections.PPO_MAIN, "iteration")],
+        ]
+        page.write_report(at)
+    assert pages["with"] == pages["without"]
+
+
+def test_an_arm_that_has_only_measured_its_init(tmp_path: Path) -> None:
+    write_stage(tmp_path / "seed0" / "ppo_ptx", measured_first("ppo_ptx")[:1])
+    assert "Loss on held-out pretraining text" in page.write_report(tmp_path).read_text()
 
 
 def test_a_stage_in_the_run_folder_itself_and_a_summary_alone(tmp_path: Path) -> None:

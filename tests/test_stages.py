@@ -98,6 +98,7 @@ def test_sft_is_chosen_by_the_reward_model_among_its_epochs(seed0):
     candidates, chosen = figures(seed0, "sft/candidates.json"), figures(seed0, "sft/chosen.json")
     assert len(candidates) == 2 and chosen["by"] == "reward"
     assert chosen["reward"] == max(c["reward"] for c in candidates)
+    assert all(0 < c["reward_se"] < 1 for c in candidates)
     kept = {p.name for p in (seed0 / "sft/checkpoints").iterdir()}
     assert {str(c["step"]) for c in candidates} <= kept
     assert not (seed0 / "init/chosen.json").exists()
@@ -113,6 +114,13 @@ def test_an_unfinished_reward_model_does_not_choose(seed0, config):
     assert figures(run_folder(cut), "sft/chosen.json")["by"] == "loss"
 
 
+def test_held_out_accuracy_is_measured_as_often_as_asked(seed0):
+    rows = recipe.rows(seed0 / "reward/metrics.jsonl")
+    measured = [row["step"] for row in rows if "eval/accuracy" in row]
+    total = rows[-1]["step"]
+    assert measured == [math.ceil(total / 2), total]
+
+
 def test_the_reward_model_gives_demonstrations_zero_on_average(seed0):
     """Trap T2, read from the stored checkpoint."""
     assert figures(seed0, "reward/validation.json")["demonstrations"] == pytest.approx(0, abs=1e-5)
@@ -120,7 +128,7 @@ def test_the_reward_model_gives_demonstrations_zero_on_average(seed0):
 
 @pytest.mark.parametrize("arm", ["ppo_ptx", "ppo", "shuffled", "ptx_only"])
 def test_every_iteration_begins_at_ratio_one_and_the_first_at_kl_zero(seed0, arm):
-    rows = recipe.rows(seed0 / arm / "metrics.jsonl")
+    rows = recipe.iterations(seed0 / arm)
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
     for row in rows:
@@ -132,19 +140,23 @@ def test_every_iteration_begins_at_ratio_one_and_the_first_at_kl_zero(seed0, arm
 
 def test_rewards_are_normalised_over_the_initial_policy(seed0):
     """Gain and bias make mean 0 and deviation 1 of samples of the init; a batch of 16 is near it."""
-    row = recipe.rows(seed0 / "ppo/metrics.jsonl")[0]
+    row = recipe.iterations(seed0 / "ppo")[0]
     assert abs(row["objective/score"]) < 1 and 0.4 < row["objective/score_std"] < 2
 
 
 def test_arms_see_the_same_prompts_and_start_from_the_same_samples(seed0):
     """Trap T19: gamma or shuffled scores change no sampling before the first update."""
-    first = [
-        recipe.rows(seed0 / arm / "metrics.jsonl")[0] for arm in ("ppo_ptx", "ppo", "shuffled")
-    ]
+    first = [recipe.iterations(seed0 / arm)[0] for arm in ("ppo_ptx", "ppo", "shuffled")]
     for name in ("response_length/mean", "objective/entropy", "objective/score"):
         assert first[0][name] == first[1][name] == pytest.approx(first[2][name], rel=1e-5)
     samples = [recipe.rows(seed0 / arm / "samples.jsonl")[:4] for arm in ("ppo_ptx", "ppo")]
     assert samples[0] == samples[1]
+
+
+def test_the_pretraining_loss_is_known_before_the_first_iteration(seed0):
+    before = [recipe.rows(seed0 / arm / "metrics.jsonl")[0] for arm in ("ppo_ptx", "ppo")]
+    assert [row["step"] for row in before] == [0, 0]
+    assert before[0]["eval/pretrain_nll"] == before[1]["eval/pretrain_nll"] > 0
 
 
 def test_gamma_leaves_a_better_language_model(mini_run):

@@ -9,6 +9,9 @@ prompt         ``prompt`` or ``messages``, ``user_id``?, ``source``? (plain, few
 text           ``text``
 =============  ====================================================================================
 
+A demonstration or a prompt may be few-shot: ``prompt`` is then an instruction, ``few_shot`` a list of K
+at least 2 examples of it, each ``{"query", "response"}``, and no ``response`` stands beside them.
+Curation makes K records of it (:func:`instructax.data.curation.expand_few_shot`).
 Keys beyond these are allowed and kept. A record that fails a check raises :class:`RecordError`.
 """
 
@@ -54,10 +57,12 @@ def validate_record(
         _required_text(obj, "text", where)
         return dict(obj)
     _check_prompt(obj, where)
+    if "few_shot" in obj:
+        _check_few_shot(kind, obj, where)
     for key in ("user_id", "labeler_id", "source"):
         if key in obj:
             _required_text(obj, key, where)
-    if kind == "demonstration":
+    if kind == "demonstration" and "few_shot" not in obj:
         _required_text(obj, "response", where)
     elif kind == "comparison":
         _check_comparison(obj, where, min_responses, max_responses)
@@ -76,10 +81,18 @@ def finished(record: Mapping[str, Any]) -> list[bool]:
 
 
 def prompt_text(record: Mapping[str, Any]) -> str:
-    """The prompt as one text: itself, or the turns as ``role: content`` lines. For reading and comparing."""
+    """The prompt as one text: itself, its few-shot examples behind it, or its turns as ``role: content``
+    lines. For reading and comparing.
+    """
     if "messages" in record:
         return "\n".join(f"{turn['role']}: {turn['content']}" for turn in record["messages"])
-    return record["prompt"]
+    examples = (f"{example['query']}\n{example['response']}" for example in few_shot(record))
+    return "\n\n".join([record["prompt"], *examples])
+
+
+def few_shot(record: Mapping[str, Any]) -> Sequence[Mapping[str, str]]:
+    """The examples of a few-shot record; none of any other."""
+    return record.get("few_shot", ())
 
 
 def _check_values(obj: dict, where: str) -> None:
@@ -121,6 +134,36 @@ def _check_prompt(obj: dict, where: str) -> None:
         _check_messages(obj["messages"], where)
     else:
         raise RecordError(where, "has neither prompt nor messages", "add one of the two")
+
+
+def _check_few_shot(kind: str, obj: dict, where: str) -> None:
+    if kind == "comparison":
+        raise RecordError(
+            where, "few_shot stands in a comparison", "write the whole prompt that was answered"
+        )
+    if "messages" in obj:
+        raise RecordError(
+            where, "has both messages and few_shot", "write the instruction as prompt"
+        )
+    if "response" in obj:
+        raise RecordError(
+            where, "has both response and few_shot", "every example holds its own response"
+        )
+    examples = _required_list(obj, "few_shot", where)
+    if len(examples) < 2:
+        raise RecordError(
+            where,
+            f"few_shot holds {len(examples)} example{'s' * (len(examples) != 1)}",
+            "give at least 2, or write prompt and response",
+        )
+    for k, example in enumerate(examples):
+        at = f"few_shot[{k}]"
+        if not isinstance(example, dict):
+            raise RecordError(
+                where, f"{at} is {_name(example)}", 'write {"query": ..., "response": ...}'
+            )
+        for key in ("query", "response"):
+            _required_text(example, key, where, at + ".")
 
 
 def _check_messages(messages: Any, where: str) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from instructax.config import UserError
-from instructax.data.sources import EXTRA_FEATURE, OnBadRecord, Records, load_records
+from instructax.data.readers import EXTRA_FEATURE
+from instructax.data.sources import OnBadRecord, Records, load_records
 from instructax.records import KINDS, Record
 
 _TEXTS = {

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from instructax.config import UserError
-from instructax.data.sources import parse_line, text_record
+from instructax.data.readers import parse_line, text_record
 from instructax.records import Record, RecordError, validate_record
 
 Converted = tuple[list[Record], dict[str, int]]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from instructax.data.personal import find_personal_data, masked, name_pattern
-from instructax.records import Record, prompt_text
+from instructax.records import Record, few_shot, prompt_text
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ def prefix_key(record: Mapping[str, Any], prefix_chars: int) -> str:
 def deduplicate(records: Sequence[Record], prefix_chars: int = 64) -> Curated:
     """Keep the first of all prompts that share a prefix of ``prefix_chars`` characters or are equal.
 
-    InstructGPT: "prompts that share a long common prefix", the length not stated. Expand few-shot
-    prompts after this step: their K examples share the instruction.
+    InstructGPT: "prompts that share a long common prefix", the length not stated. Few-shot records are
+    expanded after this step: their K examples share the instruction.
     """
     if prefix_chars < 1:
         raise ValueError(f"prefix_chars must be at least 1, got {prefix_chars}")
@@ -154,23 +154,31 @@ def filter_long_prompts(
     return kept, CurationReport("filter_long_prompts", len(kept), removed, counts)
 
 
-def expand_few_shot(
-    instruction: str, pairs: Sequence[tuple[str, str]], user_id: str | None = None
-) -> list[Record]:
-    """An instruction with K (query, response) pairs becomes K demonstrations.
+def expand_few_shot(records: Sequence[Record]) -> Curated:
+    """A record with an instruction and K (query, response) examples becomes K records.
 
-    Each pair is the example once, with the other K - 1 in its context, in order (InstructGPT
-    section 3.2). The prompt is the instruction, the shots, and the query, blank lines between.
+    Each holds one example, with the other K - 1 in its context, in order (InstructGPT section 3.2):
+    the prompt is the instruction, the shots and the query, blank lines between. Other fields are
+    kept; the K share a ``content_key``, because they are no independent prompts, and their ``id``
+    is numbered. Split before this step, or an example's answer stands in another split's shots.
     """
-    if len(pairs) < 2:
-        raise ValueError(f"pairs must hold at least 2 (query, response) pairs, got {len(pairs)}")
-    records: list[Record] = []
-    for k, (query, response) in enumerate(pairs):
-        shots = [f"{q}\n{r}" for i, (q, r) in enumerate(pairs) if i != k]
-        prompt = "\n\n".join([instruction, *shots, query]) + "\n"
-        record: Record = {"prompt": prompt, "response": response, "source": "few_shot"}
-        records.append(record if user_id is None else record | {"user_id": user_id})
-    return records
+    kept: list[Record] = []
+    counts = {"records": 0, "examples": 0}
+    for record in records:
+        examples = few_shot(record)
+        if not examples:
+            kept.append(record)
+            continue
+        counts["records"] += 1
+        counts["examples"] += len(examples)
+        shared = {key: value for key, value in record.items() if key != "few_shot"}
+        shared = {"source": "few_shot", "content_key": prompt_text(record)} | shared
+        for k, example in enumerate(examples):
+            shots = [f"{e['query']}\n{e['response']}" for i, e in enumerate(examples) if i != k]
+            prompt = "\n\n".join([record["prompt"], *shots, example["query"]]) + "\n"
+            expanded = shared | {"prompt": prompt, "response": example["response"]}
+            kept.append(expanded | {"id": f"{record['id']}/{k}"} if "id" in record else expanded)
+    return kept, CurationReport("expand_few_shot", len(kept), 0, counts)
 
 
 @dataclass(frozen=True)
@@ -227,6 +235,8 @@ def _texts(record: Mapping[str, Any]) -> Iterable[str]:
             yield record[key]
     for turn in record.get("messages", ()):
         yield turn["content"]
+    for example in few_shot(record):
+        yield from (example["query"], example["response"])
     yield from record.get("responses", ())
 
 

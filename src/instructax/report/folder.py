@@ -187,10 +187,12 @@ def _json_lines(path: Path, notes: list[str]) -> Iterator[tuple[int, Row]]:
 def _add_candidates(rows: list[Row], path: Path) -> None:
     """Reward-model scores of the epochs' checkpoints, measured after training, as metrics."""
     candidates = items(_json(path)) if path.is_file() else []
-    rewards = {c.get("step"): c["reward"] for c in candidates if is_number(c.get("reward"))}
+    by_step = {c.get("step"): c for c in candidates}
     for row in rows:
-        if row["step"] in rewards:
-            row["eval/reward"] = rewards[row["step"]]
+        for key in ("reward", "reward_se"):
+            value = by_step.get(row["step"], {}).get(key)
+            if is_number(value):
+                row[f"eval/{key}"] = value
 
 
 def _json_object(path: Path) -> Row:

@@ -102,8 +102,16 @@ def supervised(run: RunFolder) -> list[Panel]:
                 full = f"{name}: {title}"
                 few = all(len(x) < 25 for _, c in groups for x, _ in c.values())
                 svg = plots.curves(groups, label=full, x_label="step", markers=few)
-                panels.append(Panel(full, Markup(svg), [n for _, c, n in pairs if c]))
+                note = _standard_error(run, stage) if "eval/reward" in names else ""
+                panels.append(Panel(full, Markup(svg), [n for _, c, n in pairs if c], note))
     return panels
+
+
+def _standard_error(run: RunFolder, stage: str) -> str:
+    errors = [y.max() for _, y in run.curves(stage, "eval/reward_se").values()]
+    if not errors:
+        return ""
+    return f"Mean over validation prompts; its standard error is at most {max(errors):.2g}."
 
 
 def forgetting(run: RunFolder, arms: Sequence[str]) -> list[Panel]:
@@ -119,7 +127,9 @@ def forgetting(run: RunFolder, arms: Sequence[str]) -> list[Panel]:
             groups, label=f"{title}, change", x_label="PPO iteration", baseline=0.0,
             markers=all(len(x) < 25 for _, c in groups for x, _ in c.values()),
         )  # fmt: skip
-        note = "Change since the first measurement, nats a token; up is forgetting."
+        from_init = all(x[0] == 0 for _, c in groups for x, _ in c.values())
+        start = "the RL init, iteration 0" if from_init else "the first measurement"
+        note = f"Change since {start}, nats a token; up is forgetting."
         panels.append(Panel(title, Markup(svg), ["eval/pretrain_nll"], note))
     by_policy = _mean_over_seeds([table(e, "nll_by_topic") for e in run.evaluations.values()])
     init = by_policy.get("init")

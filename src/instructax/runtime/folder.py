@@ -20,7 +20,7 @@ _STAGES = ("pretrain", "sft", "init", "reward", "ppo", "sample", "evaluate")
 # Neither of these changes what a stage computes: names, places, the mesh, how often it looks or
 # saves. Their change is written down, not refused.
 _FREE = ("name", "run_dir", "seeds", "mesh", "arms", "data.prompts_evaluation")
-_FREE_FIELDS = ("checkpoint_every", "evaluate_every", "sample_every", "log_prompts")
+_FREE_FIELDS = ("checkpoint_every", "evaluate_every", "evaluations", "sample_every", "log_prompts")
 
 
 def open_run(folder: Any, config: Config, *, stage: str) -> Path:

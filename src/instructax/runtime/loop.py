@@ -67,7 +67,7 @@ def run_steps(
     writer: MetricsWriter,
     show: tuple[str, ...],
     stop: StopSignal,
-    log_every: int = 1,
+    log_at: Callable[[int], bool] = lambda done: True,
     guard: tuple[str, ...] = ("loss",),
 ) -> None:
     """Run steps ``start`` to ``total - 1``; a row or a checkpoint is numbered by the steps done.
@@ -80,15 +80,13 @@ def run_steps(
       name: what the progress bar and the messages call the stage.
       step: ``step(i) -> metrics``, scalars on host or device.
       show: the metrics beside the bar.
-      log_every: steps between fetched and written rows; the last step is always written.
+      log_at: after which steps a row is fetched and written; a step that is saved always has one.
       guard: metrics that must be finite in every fetched row.
 
     Raises:
       UserError: a guarded metric is not finite.
       SystemExit: 143 after SIGTERM, 130 after SIGINT, the state being saved.
     """
-    if log_every < 1:
-        raise ValueError(f"log_every must be positive, got {log_every}")
     pending: tuple[int, Mapping[str, Any]] | None = None
     with _progress(name, start, total, show) as display:
 
@@ -110,7 +108,7 @@ def run_steps(
             stopping = stop.requested(done) and done < total
             saving = stopping or save_at(done) or done == total
             # What is saved must have been checked, so a checkpoint waits for its own step.
-            if saving or done % log_every == 0:
+            if saving or log_at(done):
                 pending = (done, metrics)
             if saving:
                 flush()

@@ -185,6 +185,10 @@ def _from_files(config: Config) -> tuple[dict[str, list[Record]], dict[str, Any]
         held_out = f"{name}_validation"
         if name in sets and held_out not in sets:
             sets[name], sets[held_out] = _split(config, sets[name])
+    for name in [name for name in sets if KINDS[name] in ("demonstration", "prompt")]:
+        sets[name], expanded = curation.expand_few_shot(sets[name])
+        if expanded.counts["records"]:
+            report.setdefault("few_shot", {})[name] = dataclasses.asdict(expanded)
     if "prompts" not in sets and "demonstrations" in sets:
         for suffix in ("", "_validation"):
             sets[f"prompts{suffix}"] = [_as_prompt(r) for r in sets[f"demonstrations{suffix}"]]

@@ -18,7 +18,6 @@ from instructax.data import comparisons
 from instructax.data.pipeline import derive_seed
 from instructax.losses.ranking import ranked_pairs
 from instructax.models import functional as model
-from instructax.partitioning import BATCH_AXES
 from instructax.records import prompt_text
 from instructax.runtime import mesh
 from instructax.stages import data
@@ -28,6 +27,8 @@ from instructax.steps.optimizer import learning_rate, make_optimizer
 from instructax.steps.reward import reward_step, scores
 
 Params = Any
+
+SAVES = 10  # checkpoints of a run, so that an interruption costs at most a tenth of it
 
 
 def run(config: Config) -> None:
@@ -63,7 +64,7 @@ def run(config: Config) -> None:
             return params
         return model.shift_scalars(params, -_demonstration_mean(context, params))
 
-    marks = {max(1, total * i // 10) for i in range(1, 11)}
+    looks, saves = marks(total, c.evaluations), marks(total, SAVES)
     params = train(
         context,
         "reward",
@@ -74,10 +75,10 @@ def run(config: Config) -> None:
         step=step,
         batches=stream,
         total_steps=total,
-        save_at=lambda done: done in marks,
+        save_at=lambda done: done in saves,
         batch_size=c.batch_size,
         evaluate=lambda params: {"eval/accuracy": evaluate(params)["accuracy"]},
-        evaluate_at=lambda done: done in marks,
+        evaluate_at=lambda done: done in looks,
         finish=centred,
         show=("loss/loss", "loss/accuracy", "eval/accuracy"),
     )
@@ -85,6 +86,11 @@ def run(config: Config) -> None:
         figures = evaluate(params) | {"demonstrations": _demonstration_mean(context, params)}
     write_json(context.folder / "reward" / "validation.json", figures)
     print(f"reward: accuracy {figures['accuracy']:.3f} on {figures['pairs']} held-out pairs")
+
+
+def marks(total: int, count: int) -> set[int]:
+    """``count`` steps at even distances up to ``total``, which is among them; all where there are fewer."""
+    return {math.ceil(total * i / count) for i in range(1, count + 1)}
 
 
 def _examples(run: Run, records):
@@ -121,7 +127,7 @@ def _rows(run: Run, examples) -> int:
     """
     c = run.config.reward
     slots = c.batch_size * float(examples.slots_n.mean()) * 1.1
-    parts = math.prod(run.mesh.shape[axis] for axis in BATCH_AXES)
+    parts = mesh.shards(run.mesh)
     rows = max(1, math.ceil(slots / c.row_length))
     return parts * math.ceil(rows / parts)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 
 from instructax.config import Config, UserError
+from instructax.data.curation import expand_few_shot
 from instructax.data.sources import load_records
 from instructax.stages import data
 from instructax.stages.context import load_params, open_run
@@ -18,7 +19,7 @@ def run(config: Config) -> None:
     """Write one record a prompt: its own fields, ``responses`` and ``finished``."""
     run, c = open_run(config), config.sample
     if c.prompts:
-        records = list(load_records("prompt", c.prompts))
+        records, _ = expand_few_shot(load_records("prompt", c.prompts))
     else:
         records = list(data.records(config, "prompts_evaluation"))
     sampler = Sampler(

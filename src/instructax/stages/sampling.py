@@ -162,7 +162,22 @@ def decode(run: Run, responses: Responses, row: int) -> str:
     return run.tokenizer.decode(ids)
 
 
-def mean_reward(sampler: Sampler, params: Params, reward: Params, key: jax.Array) -> float:
-    """Mean score of one sample a prompt."""
-    samples = sampler.sample(params, key, reward=reward)
-    return float(np.mean([sample.score for sample in samples]))
+def mean_reward(
+    sampler: Sampler, params: Params, reward: Params, key: jax.Array, num_samples: int = 1
+) -> tuple[float, float | None]:
+    """(mean score of ``num_samples`` samples a prompt, its standard error over the prompts).
+
+    Round k draws from ``fold_in(key, k)``, the batches of every round are the same: one compiled
+    program. One prompt alone has no standard error.
+    """
+    score_NxS = np.stack(
+        [
+            [s.score for s in sampler.sample(params, jax.random.fold_in(key, k), reward=reward)]
+            for k in range(num_samples)
+        ],
+        axis=1,
+    )
+    # Samples of a prompt share its difficulty: only prompts are independent.
+    score_N = score_NxS.mean(axis=1)
+    error = score_N.std(ddof=1) / np.sqrt(len(score_N)) if len(score_N) > 1 else None
+    return float(score_N.mean()), None if error is None else float(error)

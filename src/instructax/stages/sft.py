@@ -13,7 +13,8 @@ import numpy as np
 
 from instructax.config import Config, ModelConfig, SftConfig
 from instructax.data import demonstrations, pretraining
-from instructax.data.pipeline import derive_seed, mix_lm
+from instructax.data.mixture import mix_lm
+from instructax.data.pipeline import derive_seed
 from instructax.runtime import checkpoint, mesh
 from instructax.stages import data
 from instructax.stages.context import (
@@ -131,8 +132,8 @@ def _validation_nll(run: Run, c: SftConfig, model_config: ModelConfig):
 def select(config: Config, stage: str = "sft") -> Mapping[str, Any]:
     """Choose among the epochs' checkpoints and write ``chosen.json`` and ``candidates.json``.
 
-    By the mean reward-model score of one sample for each validation prompt (InstructGPT section
-    3.5) where the run has a reward model, else by validation loss.
+    By the mean reward-model score of ``select_samples`` samples for each validation prompt
+    (InstructGPT section 3.5) where the run has a reward model, else by validation loss.
     """
     context = open_run(config)
     c = config.init if stage == "init" else config.sft
@@ -149,7 +150,7 @@ def select(config: Config, stage: str = "sft") -> Mapping[str, Any]:
         by = "reward" if has_reward else "loss"
     if by == "reward":
         with jax.set_mesh(context.mesh):
-            _score_candidates(context, folder, candidates)
+            _score_candidates(context, folder, candidates, c.select_samples)
         chosen = max(candidates, key=lambda candidate: candidate["reward"])
     else:
         chosen = min(candidates, key=lambda candidate: candidate["nll"])
@@ -164,11 +165,14 @@ def _validation_losses(path) -> dict[int, float]:
     return {row["step"]: row["eval/nll"] for row in rows if "eval/nll" in row}
 
 
-def _score_candidates(run: Run, folder, candidates: list[dict[str, Any]]) -> None:
+def _score_candidates(run: Run, folder, candidates: list[dict[str, Any]], num_samples: int) -> None:
+    """Adds ``reward`` and ``reward_se``; all candidates draw with the same keys, so luck is shared."""
     prompts = data.records(run.config, "prompts_validation")
     sampler = Sampler(run, prompts, batch_size=run.config.evaluate.batch_size)
     reward = load_params(run, "reward", run.reward_model, "scalar")
     abstract = abstract_params(run, run.config.model, "lm")
     for candidate in candidates:
         params = checkpoint.load_item(folder / "checkpoints", "params", abstract, candidate["step"])
-        candidate["reward"] = mean_reward(sampler, params, reward, run.key("select"))
+        candidate["reward"], candidate["reward_se"] = mean_reward(
+            sampler, params, reward, run.key("select"), num_samples
+        )

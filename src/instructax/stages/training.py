@@ -84,6 +84,8 @@ def train(
             meta = checkpoint_meta(run, model_config, head, consumed=step * batch_size)
             saved.save(step, {"params": params, "optimizer": (state.opt_state, state.step)}, meta)
 
+        # Enough rows for any curve; a row a step would cost a small model a tenth of its time.
+        every = max(1, total_steps // 500)
         writer = MetricsWriter(folder, resume_step=done if done else -1)
         try:
             with writer, StopSignal() as stop:
@@ -98,8 +100,7 @@ def train(
                     show=show,
                     stop=stop,
                     guard=guard,
-                    # Enough rows for any curve; a row a step would cost a small model a tenth of its time.
-                    log_every=max(1, total_steps // 500),
+                    log_at=lambda done: done % every == 0 or evaluate_at(done),
                 )
         finally:
             ahead.close()
