@@ -4,13 +4,16 @@
     make demo SEEDS=3     # intervals over prompts and seeds
 
 Figures, machine and time are in README.md. Deviations from InstructGPT's settings, each for the size of
-the world, all tuned on world seed 1 with run seed 100 and its validation prompts, never on this one's. World
-seed 7 was evaluated once before this one; what it showed led to comparisons from every SFT epoch:
+the world, all tuned on world seed 1 with run seed 100 and its validation prompts, never on this one's. Worlds 7
+and 8 were evaluated once each before this one, with earlier settings: 7 led to comparisons from every SFT epoch, 8
+forgot too little under plain PPO.
 
-- Learning rates: 2e-3 pretraining, 7e-4 SFT and init, 5e-4 reward, 3e-4 PPO. The paper's 1e-5 is for
+- Learning rates: 2e-3 pretraining, 7e-4 SFT and init, 5e-4 reward, 4e-4 PPO. The paper's 1e-5 is for
   models three thousand times as large.
-- SFT: 3 epochs with 30% pretraining text and no dropout. Facts are learnt in pretraining alone; without the
-  mixture recall of facts fell from .99 to .86 during SFT (one run of a word-level sketch of world 0). The RL init keeps the paper's 2 epochs and 10%.
+- SFT: 3 epochs, RL init 2, both with 30% pretraining text (the paper: 0 and 10%) and no dropout. Facts are learnt
+  in pretraining alone; without the mixture recall of facts fell from .99 to .86 during SFT (one run of a
+  word-level sketch of world 0), and an init with 10% ended below SFT in gold by .24.
+- SFT's epoch is chosen by four samples a prompt: one leaves a standard error of .07 between epochs .1 apart.
 - Reward model: 2 epochs, batches of 16 prompts: 2,400 prompts are few.
 - normalize_reward, and beta = .2 on the normalised reward: responses are a dozen tokens, and at .02 the
   policy leaves the init by far more than 2 nats.
@@ -18,6 +21,7 @@ seed 7 was evaluated once before this one; what it showed led to comparisons fro
   (.3 to 1.4); at 27.8 it would be six times PPO's, and with the sum over rows of 64 tokens far more.
 - PPO: 60 iterations of 96 episodes, 4 updates each; one pretraining row of 64 tokens an episode, about as
   many tokens as the episode has. EMA .92 an iteration: .992 would average over twice the whole run.
+- scan_unroll: three small layers in one step of the scan take three quarters of the time on CPU.
 - Arms: `shuffled` permutes the reward model's scores over the responses of an iteration and must not win;
   `ptx_only` takes the same pretraining steps without RL.
 """
@@ -58,7 +62,7 @@ def config() -> Config:
         name="demo",
         tokenizer=TokenizerConfig(vocab_size=VOCABULARY, kind="bpe"),
         data=DataConfig(
-            world=WorldConfig(seed=8, labeler_noise=0.7),
+            world=WorldConfig(seed=9, labeler_noise=0.7),
             dedup_prefix_chars=96,
             max_prompt_tokens=PROMPT,
             max_response_tokens=RESPONSE,
@@ -79,6 +83,7 @@ def config() -> Config:
             epochs=3,
             dropout=0.0,
             pretrain_mix=0.3,
+            select_samples=4,
         ),
         init=SftConfig(
             optimizer=OptimizerConfig(learning_rate=7e-4),
@@ -86,7 +91,7 @@ def config() -> Config:
             row_length=96,
             epochs=2,
             dropout=0.0,
-            pretrain_mix=0.1,
+            pretrain_mix=0.3,
             select_by="last",
         ),
         reward=RewardConfig(
@@ -94,6 +99,7 @@ def config() -> Config:
             batch_size=16,
             row_length=256,
             epochs=2,
+            evaluations=2,
         ),
         ppo=PpoConfig(
             kl_coef=0.2,
@@ -102,7 +108,7 @@ def config() -> Config:
             batch_size=96,
             minibatch_size=24,
             policy_optimizer=OptimizerConfig(
-                learning_rate=3e-4, schedule="constant", warmup_steps=8, warmup_from=0.1
+                learning_rate=4e-4, schedule="constant", warmup_steps=8, warmup_from=0.1
             ),
             value_optimizer=rate,
             ema_decay=0.92,

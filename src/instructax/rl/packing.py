@@ -64,6 +64,29 @@ def packed_rows(
     return source_UxRxL
 
 
+def episode_rows(
+    order_UxM: np.ndarray,
+    prompt_mask_BxP: np.ndarray,
+    response_length_B: np.ndarray,
+    slots: int,
+    *,
+    packed: bool = True,
+    shards: int = 1,
+) -> np.ndarray:
+    """source_UxRxL of sampled episodes: left-padded prompts of P slots, responses in ``slots`` more."""
+    prompt_slots = prompt_mask_BxP.shape[1]
+    if not packed:
+        return padded_rows(order_UxM, prompt_slots + slots)
+    prompt_B = np.asarray(prompt_mask_BxP).sum(axis=1)
+    return packed_rows(
+        order_UxM,
+        prompt_slots - prompt_B,
+        prompt_B + np.asarray(response_length_B),
+        prompt_slots + slots,
+        shards,
+    )
+
+
 def _first_fit(order: np.ndarray, length_B: np.ndarray, width: int) -> list[list[int]]:
     """Rows of episodes: each episode goes to the first row that has room."""
     rows: list[list[int]] = []

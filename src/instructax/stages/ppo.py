@@ -23,7 +23,7 @@ from instructax.data import pretraining, prompts
 from instructax.data.pipeline import derive_seed, prefetch
 from instructax.models import functional as model
 from instructax.records import prompt_text
-from instructax.rl.packing import packed_rows, padded_rows
+from instructax.rl.packing import episode_rows
 from instructax.runtime import mesh
 from instructax.runtime.checkpoint import Checkpoints
 from instructax.runtime.folder import open_run as open_folder
@@ -208,22 +208,16 @@ def _programs(
     rollout_key = run.key("ppo/rollout")
     score_key, order_key = run.key("ppo/shuffled_scores"), run.key("ppo/minibatches")
 
-    def rows(prompt_batch, length_B, order_UxM) -> Array:
-        """The plan of :mod:`instructax.rl.packing`: no slot of a program for padding, or one row an episode."""
-        width = c.prompt_length + c.response_length
-        if not c.packed:
-            return np.asarray(padded_rows(order_UxM, width))
-        prompt_B = prompt_batch.mask_BxP.sum(axis=1)
-        return packed_rows(
-            order_UxM, c.prompt_length - prompt_B, prompt_B + length_B, width, mesh.shards(run.mesh)
-        )
+    rows = functools.partial(
+        episode_rows, slots=c.response_length, packed=c.packed, shards=mesh.shards(run.mesh)
+    )
 
     def iterate(state: PpoState, i: int, prompt_batch, text) -> tuple[PpoState, dict[str, Any]]:
         began = time.perf_counter()
         batch = mesh.put_batch(run.mesh, prompt_batch)
         policy = state.policy.params
         responses, length = sample(policy, jax.random.fold_in(rollout_key, i), batch)
-        length_B = np.asarray(length)  # rows are planned on the host, so it waits for the lengths
+        length_B = np.asarray(length)  # rows are planned on the host
         sampled = time.perf_counter()
         everyone = np.arange(c.batch_size, dtype=np.int32)[None]
         rollout, metrics, _ = score(
@@ -235,10 +229,10 @@ def _programs(
             responses,
             state.kl_coef,
             jax.random.fold_in(score_key, i),
-            rows(prompt_batch, length_B, everyone)[0],
+            rows(everyone, prompt_batch.mask_BxP, length_B)[0],
         )
         order_UxM = np.asarray(order(jax.random.fold_in(order_key, i)))
-        source_UxRxL = rows(prompt_batch, length_B, order_UxM)
+        source_UxRxL = rows(order_UxM, prompt_batch.mask_BxP, length_B)
         scored = _ready_at(rollout)
         state, update_metrics = update(state, rollout, text, metrics["objective/kl"], source_UxRxL)
         updated = _ready_at(update_metrics)

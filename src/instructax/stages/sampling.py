@@ -16,6 +16,7 @@ from instructax.data import prompts as prompt_data
 from instructax.models import functional as model
 from instructax.records import Record
 from instructax.rl.generate import CUT_BY_LENGTH
+from instructax.rl.packing import episode_rows, on_rows
 from instructax.runtime import mesh
 from instructax.stages.context import Run
 from instructax.steps.rollout import episode_layout, response_scores, sample_responses
@@ -84,21 +85,38 @@ class Sampler:
         self._score = jax.jit(self._scores)
         self._logps = jax.jit(self._sequence_logps)
 
-    def _scores(self, reward: Params, prompts: PromptBatch, responses: Responses):
+    def _rows(self, prompts: PromptBatch, responses: Responses) -> np.ndarray:
+        """How the networks that score read the episodes: in packed rows, planned from their lengths."""
+        c = self._run.config.ppo
+        return episode_rows(
+            np.arange(len(prompts.episode_B), dtype=np.int32)[None],
+            prompts.mask_BxP,
+            responses.mask_BxT.sum(axis=1),
+            c.response_length,
+            packed=c.packed,
+            shards=mesh.shards(self._run.mesh),
+        )[0]
+
+    def _scores(self, reward: Params, prompts: PromptBatch, responses: Responses, source_RxL):
         return response_scores(
             reward,
             self._run.reward_model,
             prompts,
             responses,
             eos_id=self._run.tokenizer.eos_id,
+            source_RxL=source_RxL,
         )
 
-    def _sequence_logps(self, params: Params, prompts: PromptBatch, responses: Responses):
+    def _sequence_logps(
+        self, params: Params, prompts: PromptBatch, responses: Responses, source_RxL
+    ):
         """log p(response | prompt) in nats, at the run's PPO temperature."""
+        config = self._run.config
         layout, mask_BxL = episode_layout(prompts, responses)
-        logp_BxL = model.token_logprobs(
-            params, self._run.config.model, layout, temperature=self._run.config.ppo.temperature
+        logps = functools.partial(
+            model.token_logprobs, params, config.model, temperature=config.ppo.temperature
         )
+        logp_BxL = on_rows(logps, layout, source_RxL)
         return jax.numpy.where(mask_BxL, logp_BxL, 0.0).sum(axis=1)
 
     def sample(
@@ -113,14 +131,15 @@ class Sampler:
         found: list[Sample] = []
         for prompts, real in self._batches:
             batch = mesh.put_batch(self._run.mesh, prompts)
-            responses = self._sample(params, key, batch)
-            extra = {}
+            drawn = self._sample(params, key, batch)
+            responses = jax.device_get(drawn)
+            source_RxL, extra = self._rows(prompts, responses), {}
             if reward is not None:
-                extra["score"] = self._score(reward, batch, responses)
+                extra["score"] = self._score(reward, batch, drawn, source_RxL)
             if reference is not None:
-                extra["logp"] = self._logps(params, batch, responses)
-                extra["kl"] = extra["logp"] - self._logps(reference, batch, responses)
-            responses, extra = jax.device_get((responses, extra))
+                extra["logp"] = self._logps(params, batch, drawn, source_RxL)
+                extra["kl"] = extra["logp"] - self._logps(reference, batch, drawn, source_RxL)
+            extra = jax.device_get(extra)
             for row in np.flatnonzero(real):
                 found.append(
                     Sample(
