@@ -4,23 +4,24 @@
     make demo SEEDS=3     # intervals over prompts and seeds
 
 Figures, machine and time are in README.md. Deviations from InstructGPT's settings, each for the size of
-the world, all tuned on world seed 1 with run seed 100 and its validation prompts, never on this one's. Worlds 7
-and 8 were evaluated once each before this one, with earlier settings: 7 led to comparisons from every SFT epoch, 8
-forgot too little under plain PPO.
+the world, all tuned on world seeds 1 and 9 and their validation prompts, never on this one's. Worlds 7, 8 and 9 were
+evaluated once each before this one, with earlier settings: 7 led to comparisons from every SFT epoch, 8 forgot too little
+under plain PPO, and on 9 the control won (57%), since when its value network starts from 0 (started from the
+reward model it can hand on, through GAE, what shuffled scores no longer say) and minibatches are twice as large.
 
-- Learning rates: 2e-3 pretraining, 7e-4 SFT and init, 5e-4 reward, 4e-4 PPO. The paper's 1e-5 is for
+- Learning rates: 2e-3 pretraining, 7e-4 SFT and init, 5e-4 reward, 8e-4 PPO. The paper's 1e-5 is for
   models three thousand times as large.
-- SFT: 3 epochs, RL init 2, both with 30% pretraining text (the paper: 0 and 10%) and no dropout. Facts are learnt
+- SFT: 3 epochs with 30% pretraining text (the paper: 0), RL init 2 with 20% (10%), and no dropout. Facts are learnt
   in pretraining alone; without the mixture recall of facts fell from .99 to .86 during SFT (one run of a
   word-level sketch of world 0), and an init with 10% ended below SFT in gold by .24.
-- SFT's epoch is chosen by four samples a prompt: one leaves a standard error of .07 between epochs .1 apart.
+- SFT's epoch is chosen by two samples a prompt: one leaves a standard error of .07 between epochs .1 apart.
 - Reward model: 2 epochs, batches of 16 prompts: 2,400 prompts are few.
-- normalize_reward, and beta = .2 on the normalised reward: responses are a dozen tokens, and at .02 the
+- normalize_reward, and beta = .6 on the normalised reward: responses are a dozen tokens, and at .02 the
   policy leaves the init by far more than 2 nats.
 - gamma = 1 with the mean over tokens. The pretraining gradient's norm is about a fifth of PPO's there
   (.3 to 1.4); at 27.8 it would be six times PPO's, and with the sum over rows of 64 tokens far more.
-- PPO: 60 iterations of 96 episodes, 4 updates each; one pretraining row of 64 tokens an episode, about as
-  many tokens as the episode has. EMA .92 an iteration: .992 would average over twice the whole run.
+- PPO: 60 iterations of 96 episodes, 2 updates each: with 4 smaller ones more of the movement was noise. One
+  pretraining row of 64 tokens an episode, about twice as many tokens as the episode has. EMA .92 an iteration: .992 would average over twice the whole run.
 - scan_unroll: three small layers in one step of the scan take three quarters of the time on CPU.
 - Arms: `shuffled` permutes the reward model's scores over the responses of an iteration and must not win;
   `ptx_only` takes the same pretraining steps without RL.
@@ -62,7 +63,7 @@ def config() -> Config:
         name="demo",
         tokenizer=TokenizerConfig(vocab_size=VOCABULARY, kind="bpe"),
         data=DataConfig(
-            world=WorldConfig(seed=9, labeler_noise=0.7),
+            world=WorldConfig(seed=10, labeler_noise=0.7),
             dedup_prefix_chars=96,
             max_prompt_tokens=PROMPT,
             max_response_tokens=RESPONSE,
@@ -83,7 +84,7 @@ def config() -> Config:
             epochs=3,
             dropout=0.0,
             pretrain_mix=0.3,
-            select_samples=4,
+            select_samples=2,
         ),
         init=SftConfig(
             optimizer=OptimizerConfig(learning_rate=7e-4),
@@ -91,7 +92,7 @@ def config() -> Config:
             row_length=96,
             epochs=2,
             dropout=0.0,
-            pretrain_mix=0.3,
+            pretrain_mix=0.2,
             select_by="last",
         ),
         reward=RewardConfig(
@@ -102,13 +103,13 @@ def config() -> Config:
             evaluations=2,
         ),
         ppo=PpoConfig(
-            kl_coef=0.2,
+            kl_coef=0.6,
             ptx_coef=1.0,
             episodes=60 * 96,
             batch_size=96,
-            minibatch_size=24,
+            minibatch_size=48,
             policy_optimizer=OptimizerConfig(
-                learning_rate=4e-4, schedule="constant", warmup_steps=8, warmup_from=0.1
+                learning_rate=8e-4, schedule="constant", warmup_steps=8, warmup_from=0.1
             ),
             value_optimizer=rate,
             ema_decay=0.92,

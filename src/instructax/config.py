@@ -414,7 +414,7 @@ class PpoConfig:
     normalize_samples: int = 256
     """Samples behind that gain and bias."""
     score_control: Literal["none", "shuffled"] = "none"
-    """shuffled permutes the scores of an iteration over its responses: a control arm that must not win."""
+    """shuffled permutes the scores of an iteration over its responses, and starts the value network from 0: a control arm that must not win."""
     ema_decay: float = 0.992
     """Decay of the exponential average of the policy."""
     ema_every: Literal["iteration", "update"] = "iteration"

@@ -70,9 +70,11 @@ def _train(run: Run, arm: str) -> None:
         scale = _reward_scale(run, folder, reference, reward)
 
         def fresh(policy: Params, value: Params) -> PpoState:
-            # Value starts from the reward model as the rewards will be: gain and bias included.
-            head = jax.tree.map(lambda x: x * scale["gain"], value["value_head"])
-            value = model.shift_scalars(value | {"value_head": head}, scale["bias"])
+            # Value starts from the reward model as the rewards will be: gain and bias included. In the
+            # control it starts from 0: else GAE would hand on through it what the scores no longer say.
+            informed = c.score_control == "none"
+            head = jax.tree.map(lambda x: x * scale["gain"] * informed, value["value_head"])
+            value = model.shift_scalars(value | {"value_head": head}, scale["bias"] * informed)
             return PpoState(
                 policy=create(policy, policy_optimizer),
                 value=create(value, value_optimizer),

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from instructax.batches import ComparisonBatch
 from instructax.config import Config
 from instructax.data import comparisons
 from instructax.data.pipeline import derive_seed
@@ -39,7 +40,12 @@ def run(config: Config) -> None:
     optimizer = make_optimizer(c.optimizer, total)
     rate = learning_rate(c.optimizer, total)
     dropout_key = context.key("reward/dropout") if c.dropout != 0.0 else None
-    evaluate = Evaluator(context)
+    evaluate, demonstration_mean = Evaluator(context), DemonstrationMean(context)
+    last: dict[str, Any] = {}
+
+    def look(params: Params) -> dict[str, float]:
+        last.update(evaluate(params))
+        return {"eval/accuracy": last["accuracy"]}
 
     def step(state, batch):
         new, metrics = reward_step(
@@ -62,7 +68,7 @@ def run(config: Config) -> None:
         """Demonstrations average 0; the shift lives in the head's bias, so every user inherits it."""
         if not c.center_on_demonstrations:
             return params
-        return model.shift_scalars(params, -_demonstration_mean(context, params))
+        return model.shift_scalars(params, -demonstration_mean(params))
 
     looks, saves = marks(total, c.evaluations), marks(total, SAVES)
     params = train(
@@ -77,13 +83,14 @@ def run(config: Config) -> None:
         total_steps=total,
         save_at=lambda done: done in saves,
         batch_size=c.batch_size,
-        evaluate=lambda params: {"eval/accuracy": evaluate(params)["accuracy"]},
+        evaluate=look,
         evaluate_at=lambda done: done in looks,
         finish=centred,
         show=("loss/loss", "loss/accuracy", "eval/accuracy"),
     )
     with jax.set_mesh(context.mesh):
-        figures = evaluate(params) | {"demonstrations": _demonstration_mean(context, params)}
+        # The last look was at these parameters: centring shifts all scores alike, no pair changes.
+        figures = (last or evaluate(params)) | {"demonstrations": demonstration_mean(params)}
     write_json(context.folder / "reward" / "validation.json", figures)
     print(f"reward: accuracy {figures['accuracy']:.3f} on {figures['pairs']} held-out pairs")
 
@@ -115,18 +122,18 @@ def _stream(run: Run, name: str, *, seed: int):
         batch_size=c.batch_size,
         row_length=c.row_length,
         max_responses=c.max_responses,
-        rows=_rows(run, examples) if c.packed else None,
+        rows=_rows(run, examples, c.batch_size) if c.packed else None,
         seed=seed,
     )
 
 
-def _rows(run: Run, examples) -> int:
-    """Rows that hold a batch of prompts of mean size, with a tenth to spare for what does not fit.
+def _rows(run: Run, examples, prompts: int) -> int:
+    """Rows that hold so many prompts of mean size, with a tenth to spare for what does not fit.
 
-    A batch has as many prompts, at most ``batch_size``, as fit into them.
+    A batch has as many prompts, at most so many, as fit into them.
     """
     c = run.config.reward
-    slots = c.batch_size * float(examples.slots_n.mean()) * 1.1
+    slots = prompts * float(examples.slots_n.mean()) * 1.1
     parts = mesh.shards(run.mesh)
     rows = max(1, math.ceil(slots / c.row_length))
     return parts * math.ceil(rows / parts)
@@ -235,25 +242,38 @@ def calibration(winner_p: list[float], bins: int = 10) -> list[dict[str, float]]
     return rows
 
 
-def _demonstration_mean(run: Run, params: Params) -> float:
-    """Mean score of the training demonstrations, each read at its EOS."""
-    as_rankings = [
-        {k: record[k] for k in ("prompt", "messages") if k in record}
-        | {"responses": [record["response"]], "ranks": [0]}
-        for record in data.records(run.config, "demonstrations")
-    ]
-    examples = _examples(run, as_rankings)
-    stream = comparisons.stream(
-        examples,
-        batch_size=run.config.reward.batch_size,
-        row_length=run.config.reward.row_length,
-        max_responses=1,
-        seed=0,
-    )
-    score = jax.jit(functools.partial(scores, model_config=run.reward_model))
-    total, count = 0.0, 0
-    for host in stream.in_order():
-        score_NxK = jax.device_get(score(params, batch=mesh.put_batch(run.mesh, host)))
-        total += float(score_NxK[host.valid_NxK].sum())
-        count += int(host.valid_NxK.sum())
-    return total / count
+class DemonstrationMean:
+    """params -> mean score of the training demonstrations, each read at its EOS."""
+
+    def __init__(self, run: Run):
+        self._run = run
+        self._score = jax.jit(functools.partial(scores, model_config=run.reward_model))
+
+    @functools.cached_property
+    def _batches(self) -> list[ComparisonBatch]:
+        as_rankings = [
+            {k: record[k] for k in ("prompt", "messages") if k in record}
+            | {"responses": [record["response"]], "ranks": [0]}
+            for record in data.records(self._run.config, "demonstrations")
+        ]
+        c, examples = self._run.config.reward, _examples(self._run, as_rankings)
+        # Packed into about as many rows as a batch of rankings has: a prompt comes with one response.
+        prompts = c.batch_size * 4
+        stream = comparisons.stream(
+            examples,
+            batch_size=prompts,
+            row_length=c.row_length,
+            max_responses=1,
+            rows=_rows(self._run, examples, prompts),
+            seed=0,
+        )
+        return list(stream.in_order())
+
+    def __call__(self, params: Params) -> float:
+        total, count = 0.0, 0
+        for host in self._batches:
+            batch = mesh.put_batch(self._run.mesh, host)
+            score_NxK = jax.device_get(self._score(params, batch=batch))
+            total += float(score_NxK[host.valid_NxK].sum())
+            count += int(host.valid_NxK.sum())
+        return total / count
