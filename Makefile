@@ -7,7 +7,7 @@ WORKERS ?= 2
 # JAX on CPU gives memory back to the kernel after every step and takes it again; keep the pages.
 KEEP_PAGES := GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456:glibc.malloc.arena_max=1
 
-.PHONY: demo test test-all soak lint clean
+.PHONY: demo test test-all soak mutants lint clean
 
 $(VENV)/installed: setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -27,9 +27,16 @@ test-all: $(VENV)/installed lint
 soak: $(VENV)/installed
 	$(BIN)/python -m pytest -m soak
 
+# Mutation testing of losses, RL arithmetic, masking and log-probabilities: about an hour on one core.
+# Small programs are cached as well, since every mutant compiles nearly the same ones.
+mutants: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable ".[mutants]"
+	JAX_PLATFORMS=cpu JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 $(BIN)/mutmut run
+	$(BIN)/mutmut results
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check src tests configs setup.py
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .cache
+	rm -rf $(VENV) .cache mutants

@@ -51,5 +51,6 @@ setup(
             "ruff>=0.15",
             "mypy>=2",
         ],
+        "mutants": ["mutmut>=3.8"],
     },
 )

@@ -45,6 +45,14 @@ def masked_nll(logp, mask, weight=None):
     return total / count if count else 0.0
 
 
+def masked_nll_metrics(logp, mask, weight=None):
+    return {
+        "loss": masked_nll(logp, mask, weight),
+        "nll": masked_nll(logp, mask),
+        "tokens": float(np.sum(mask)),
+    }
+
+
 def preferred_pairs(rank, valid):
     """For each prompt the list of (winner, loser)."""
     prompts = []
@@ -82,6 +90,36 @@ def best_of_k_loss(score, rank, valid):
         log_total = math.log(sum(math.exp(float(row[k])) for k in real))
         losses.append(sum(log_total - float(row[k]) for k in best) / len(best))
     return sum(losses) / len(losses) if losses else 0.0
+
+
+def ranking_metrics(score, rank, valid):
+    """Of the pairwise loss, and of the best-of-K loss."""
+    prompts = preferred_pairs(rank, valid)
+    margins = [
+        float(row[w]) - float(row[l_])
+        for row, pairs in zip(score, prompts, strict=True)
+        for w, l_ in pairs
+    ]
+    hits = []
+    for row, ranks, valids, pairs in zip(score, rank, valid, prompts, strict=True):
+        if pairs:
+            real = [k for k, v in enumerate(valids) if v]
+            top = [k for k in real if row[k] == max(row[j] for j in real)]
+            lowest = min(int(ranks[k]) for k in real)
+            hits.append(sum(int(ranks[k]) == lowest for k in top) / len(top))
+    pairwise = {
+        "loss": pairwise_logistic_loss(score, rank, valid),
+        "accuracy": pairwise_accuracy(score, rank, valid),
+        "margin": sum(margins) / len(margins) if margins else 0.0,
+        "pairs": float(len(margins)),
+        "prompts": float(sum(map(bool, prompts))),
+    }
+    best_of_k = {
+        "loss": best_of_k_loss(score, rank, valid),
+        "accuracy": sum(hits) / len(hits) if hits else 0.0,
+        "prompts": float(len(hits)),
+    }
+    return pairwise, best_of_k
 
 
 def clipped_policy_loss(logp, old_logp, advantage, mask, clip_range):
@@ -202,3 +240,101 @@ def central_difference(function, x, step=1e-6):
         down[i] -= step
         gradient[i] = (float(function(up)) - float(function(down))) / (2 * step)
     return gradient
+
+
+def adam(start, gradients, learning_rate, b1, b2, eps, eps_inside_correction=False):
+    """Parameters after one update a gradient; the rate is a number or a function of the step."""
+    x = np.array(start, np.float64)
+    for i in np.ndindex(*x.shape):
+        m = v = 0.0
+        for t, gradient in enumerate(gradients, start=1):
+            g = float(np.asarray(gradient)[i])
+            m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+            rate = learning_rate(t - 1) if callable(learning_rate) else learning_rate
+            if eps_inside_correction:  # TensorFlow 1
+                scale = math.sqrt(1 - b2**t) / (1 - b1**t)
+                x[i] -= rate * scale * m / (math.sqrt(v) + eps)
+            else:
+                x[i] -= rate * (m / (1 - b1**t)) / (math.sqrt(v / (1 - b2**t)) + eps)
+    return x
+
+
+def ema(start, values, decay):
+    average = float(start)
+    for value in values:
+        average = decay * average + (1 - decay) * float(value)
+    return average
+
+
+def learning_rate(step, peak, schedule, final, warmup_steps, warmup_from, total_steps):
+    if step < warmup_steps:
+        return peak * (warmup_from + (1 - warmup_from) * step / warmup_steps)
+    done = min(1.0, (step - warmup_steps) / (total_steps - warmup_steps))
+    if schedule == "cosine":
+        return peak * (final + (1 - final) * (1 + math.cos(math.pi * done)) / 2)
+    if schedule == "linear":
+        return peak * (1 - (1 - final) * done)
+    return peak
+
+
+def apply_missing_eos(score, finished, rule, value):
+    out = []
+    for s, done in zip(score, finished, strict=True):
+        if done or rule == "none":
+            out.append(float(s))
+        else:
+            out.append(value if rule == "replace" else float(s) - value)
+    return out
+
+
+def ranked_pairs(score, rank, valid):
+    shape = np.shape(score) + np.shape(score)[1:]
+    p, preferred = np.zeros(shape), np.zeros(shape, bool)
+    for b, pairs in enumerate(preferred_pairs(rank, valid)):
+        for w, l_ in pairs:
+            p[b, w, l_] = 1 / (1 + math.exp(float(score[b][l_]) - float(score[b][w])))
+            preferred[b, w, l_] = True
+    return p, preferred
+
+
+def combine_gradients(ppo, ptx, gamma):
+    """The sum of two flat arrays, and the metrics."""
+    total = np.array([float(a) + gamma * float(b) for a, b in zip(ppo, ptx, strict=True)])
+
+    def norm(x):
+        return math.sqrt(sum(float(v) ** 2 for v in x))
+
+    dot = sum(float(a) * float(b) for a, b in zip(ppo, ptx, strict=True))
+    size = norm(ppo) * norm(ptx)
+    return total, {
+        "ppo_grad_norm": norm(ppo),
+        "ptx_grad_norm": norm(ptx),
+        "grad_norm": norm(total),
+        "grad_cosine": dot / size if size else 0.0,
+    }
+
+
+def padded_layout(token, mask):
+    """(token, position, segment, prefix) by walking each row."""
+    out = np.zeros((4, *np.shape(token)), np.int64)
+    for b, row in enumerate(mask):
+        seen = 0
+        for i, real in enumerate(row):
+            if real:
+                out[:3, b, i] = token[b][i], seen, 1
+                seen += 1
+    return tuple(out)
+
+
+def chunked_token_statistics(x, token, unembedding, vocab_size, temperature):
+    """(logp, entropy) by the definition; chunks make no difference."""
+    logp, entropy = np.zeros(np.shape(token)), np.zeros(np.shape(token))
+    for b, i in np.ndindex(*np.shape(token)):
+        logits = [
+            sum(float(u) * float(v) for u, v in zip(x[b][i], unembedding[k], strict=True))
+            for k in range(vocab_size)
+        ]
+        p = next_token_distribution(logits, temperature)
+        logp[b, i] = math.log(p[token[b][i]])
+        entropy[b, i] = -sum(q * math.log(q) for q in p if q > 0)
+    return logp, entropy

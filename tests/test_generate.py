@@ -42,6 +42,7 @@ def params():
 KEY = jax.random.key(3)
 
 
+@pytest.mark.laws
 def test_greedy_by_cache_is_the_argmax_of_the_uncached_model(params):
     """The likeliest token has the largest log-probability among all that could stand there."""
     prompts = tiny.prompts(LENGTHS, WIDTH)
@@ -79,6 +80,7 @@ def test_a_response_depends_on_its_episode_alone(params):
     assert np.any(sampler()(params, KEY, other).token_BxT != whole.token_BxT)
 
 
+@pytest.mark.laws
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
 def test_the_samplers_logp_is_the_training_programs(params, temperature):
     prompts = tiny.prompts(LENGTHS, WIDTH)

@@ -23,7 +23,7 @@ def bits(tree):
     return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
 
 
-@pytest.mark.parametrize("gamma", [27.8, 1, 0.0, -0.5, np.float64(2.0), jnp.float32(3.0)])
+@pytest.mark.parametrize("gamma", [27.8, 1, 0.0, -0.5, np.float64(2.0), np.float32(3.0)])
 def test_sum_norms_and_cosine(gamma):
     ppo, ptx = draw(0), draw(1)
     grads, metrics = combine_gradients(ppo, ptx, gamma)
@@ -98,6 +98,14 @@ def test_zero_gradients_have_cosine_zero_and_tiny_or_huge_ones_a_true_one():
             np.testing.assert_allclose(
                 combine_gradients(ppo, ptx, 1.0)[1]["grad_cosine"], sign, rtol=1e-5
             )
+
+
+def test_a_cosine_stays_in_its_range_where_rounding_would_leave_it():
+    ones = {"x": jnp.ones(3)}
+    norm = np.sqrt(np.float32(3))
+    assert np.float32(3) / norm / norm > 1
+    assert combine_gradients(ones, ones, 1.0)[1]["grad_cosine"] == 1.0
+    assert combine_gradients(ones, {"x": -jnp.ones(3)}, 1.0)[1]["grad_cosine"] == -1.0
 
 
 def test_the_door():

@@ -70,6 +70,7 @@ def tokens(rows: int, length: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(1, 29, (rows, length)).astype(np.int32)
 
 
+@pytest.mark.laws
 def test_a_token_depends_on_nothing_behind_it(family):
     """Causality by gradients: d logp_t / d embedding_s = 0 for s > t, and not 0 for s < t."""
     config, params = family
@@ -92,6 +93,7 @@ def test_a_token_depends_on_nothing_behind_it(family):
     assert np.all(jacobian_LxL[np.tril(np.ones((6, 6), bool), -1)][-1] > 0.0)
 
 
+@pytest.mark.laws
 def test_padding_on_either_side_is_inert(family):
     """Seven tokens, padded in three ways, against the same at the head of a row without padding."""
     config, params = family
@@ -121,6 +123,7 @@ def shared_prompt_layout() -> tuple[Layout, list[tuple[slice, slice]]]:
     return Layout(token, row[0], row[1], row[2]), pairs
 
 
+@pytest.mark.laws
 def test_responses_behind_a_shared_prompt_equal_separate_sequences(family):
     """Values and gradients; the prompt's tokens are computed once."""
     config, params = family
@@ -168,6 +171,7 @@ def test_prefix_is_one_level_and_not_transitive():
     assert mask[2, 1] and not mask[2, 0] and mask[1, 0]
 
 
+@pytest.mark.laws
 def test_cached_decoding_equals_the_training_program(family):
     """Prompts of three lengths, left-padded; the text that follows is given, not sampled."""
     config, params = family
@@ -213,6 +217,7 @@ def test_statistics_match_a_dense_softmax_at_any_temperature():
     np.testing.assert_allclose(entropy, -(p * np.log(p)).sum(-1), atol=1e-5)
 
 
+@pytest.mark.laws
 @pytest.mark.parametrize("chunk", [1, 3, 7])
 def test_chunked_logprobs_equal_dense_values_and_gradients(chunk):
     rng = np.random.default_rng(1)

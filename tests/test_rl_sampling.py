@@ -29,6 +29,7 @@ def chi_square(token, p):
     return (((observed - expected) ** 2 / expected).sum() - dof) / np.sqrt(2 * dof)
 
 
+@pytest.mark.laws
 @pytest.mark.parametrize(
     "temperature, top_k, top_p, valid_vocab, vocab",
     [
@@ -55,6 +56,7 @@ def test_draws_and_logp_are_of_the_stated_distribution(
     assert abs(chi_square(token, p)) < 4.5
 
 
+@pytest.mark.laws
 def test_the_chi_square_would_notice():
     logits = np.random.default_rng(0).normal(size=50).astype(np.float32)
     token, _ = draw_many(logits, 1.0, None, None, None, DRAWS)
@@ -103,6 +105,7 @@ def test_options_that_keep_everything_change_nothing_but_the_order():
         np.testing.assert_allclose(logp, np.log(p[np.asarray(token)]), atol=2e-6)
 
 
+@pytest.mark.laws
 def test_a_row_depends_on_its_own_key_alone():
     logits = np.random.default_rng(3).normal(size=(6, 40)).astype(np.float32)
     episode = np.array([5, 1, 9, 3, 7, 0])

@@ -77,6 +77,7 @@ def params():
     return tiny.params(head="scalar")
 
 
+@pytest.mark.laws
 def test_scores_of_a_shared_row_are_those_of_separate_passes(params):
     b = batch()
     score = np.asarray(scored()(params, b))

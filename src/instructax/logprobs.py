@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from instructax import shapes
+
 Array = Any
 
 CHUNK_BYTES = 256 * 2**20
@@ -19,9 +21,10 @@ CHUNK_BYTES = 256 * 2**20
 def masked_logits(
     x: Array, unembedding_VxD: Array, vocab_size: int, temperature: float | Array = 1.0
 ) -> Array:
-    """float32 logits x . W^T / temperature; padded vocabulary entries are -inf."""
+    """Logits x . W^T / temperature in float32 at least; padded vocabulary entries are -inf."""
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
     logits = jnp.einsum(
-        "...d,vd->...v", x, unembedding_VxD.astype(x.dtype), preferred_element_type=jnp.float32
+        "...d,vd->...v", x, unembedding_VxD.astype(x.dtype), preferred_element_type=dtype
     )
     logits = logits / temperature
     padded = unembedding_VxD.shape[0]
@@ -39,9 +42,10 @@ def _statistics(
     logp = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0] - normalizer
     if not with_entropy:
         return logp, jnp.zeros_like(logp)
-    finite = jnp.where(jnp.isneginf(logits), 0.0, logits)
-    probability = jnp.exp(logits - normalizer[..., None])
-    return logp, normalizer - (probability * finite).sum(axis=-1)
+    # Not normalizer - sum p logit, which loses the digits that large logits have in common.
+    logp_V = logits - normalizer[..., None]
+    finite_V = jnp.where(jnp.isneginf(logits), 0.0, logp_V)
+    return logp, -(jnp.exp(logp_V) * finite_V).sum(axis=-1)
 
 
 def chunked_token_statistics(
@@ -54,13 +58,35 @@ def chunked_token_statistics(
     with_entropy: bool = True,
     chunk: int | None = None,
 ) -> tuple[Array, Array]:
-    """(logp_BxL, entropy_BxL) of tokens under softmax(x . W^T / temperature), float32.
+    """(logp_BxL, entropy_BxL) of tokens under softmax(x . W^T / temperature), in nats.
 
-    x_BxLxD are the hidden states *before* each token. ``chunk`` is the number of slots walked at
-    a time; none picks the largest whose logits stay under CHUNK_BYTES. Entropy is 0 where
-    ``with_entropy`` is False.
+    Args:
+      x_BxLxD: floating, the hidden states *before* each token; the product is taken in their
+        dtype, everything behind it in float32 (float64 for float64 input).
+      token_BxL: integers.
+      unembedding_VxD: floating, W; rows from ``vocab_size`` on are padding of the vocabulary.
+      chunk: the number of slots walked at a time; none picks the largest whose logits stay under
+        CHUNK_BYTES.
+      with_entropy: False leaves the entropy at 0.
+
+    Raises:
+      TypeError, ValueError: an argument of the wrong dtype or shape, by name.
     """
+    # Checked, and left in their own precision.
+    shapes.float_array("x_BxLxD", x_BxLxD, 3)
+    shapes.int_array("token_BxL", token_BxL, 2)
+    shapes.float_array("unembedding_VxD", unembedding_VxD, 2)
     rows, length, width = x_BxLxD.shape
+    if token_BxL.shape != (rows, length):
+        raise ValueError(f"token_BxL has shape {token_BxL.shape}, but x_BxLxD {x_BxLxD.shape}")
+    if unembedding_VxD.shape[1] != width:
+        raise ValueError(
+            f"unembedding_VxD has shape {unembedding_VxD.shape}, but x_BxLxD {x_BxLxD.shape}"
+        )
+    if not 1 <= vocab_size <= unembedding_VxD.shape[0]:
+        raise ValueError(f"vocab_size must be in [1, {unembedding_VxD.shape[0]}], got {vocab_size}")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
     if chunk is None:
         chunk = max(1, CHUNK_BYTES // (4 * rows * unembedding_VxD.shape[0]))
     if chunk >= length:

@@ -39,7 +39,7 @@ def masked_nll(
     mask_BxT = shapes.bool_array("mask_BxT", mask_BxT, 2)
     shapes.same_shape(logp_BxT=logp_BxT, mask_BxT=mask_BxT)
 
-    nll_BxT = jnp.where(mask_BxT, -logp_BxT, 0.0)
+    nll_BxT = -logp_BxT
     if weight_BxT is None:
         loss = masking.masked_mean(nll_BxT, mask_BxT, normalizer)
     else:

@@ -41,7 +41,7 @@ def pairwise_logistic_loss(
     Raises:
       TypeError, ValueError: an argument of the wrong dtype or shape, by name.
     """
-    margin_BxKxK, preferred_BxKxK = _margins(score_BxK, rank_BxK, valid_BxK)
+    _, margin_BxKxK, preferred_BxKxK = _margins(score_BxK, rank_BxK, valid_BxK)
     pairs_B = jnp.sum(preferred_BxKxK, axis=(1, 2), dtype=margin_BxKxK.dtype)
     nll_BxKxK = jnp.where(preferred_BxKxK, -jax.nn.log_sigmoid(margin_BxKxK), 0.0)
     loss_B = masking.ratio_or_zero(jnp.sum(nll_BxKxK, axis=(1, 2)), pairs_B)
@@ -78,8 +78,7 @@ def best_of_k_loss(
     Raises:
       TypeError, ValueError: an argument of the wrong dtype or shape, by name.
     """
-    _, preferred_BxKxK = _margins(score_BxK, rank_BxK, valid_BxK)
-    score_BxK = shapes.float_array("score_BxK", score_BxK, 2)
+    score_BxK, _, preferred_BxKxK = _margins(score_BxK, rank_BxK, valid_BxK)
     has_pair_B = jnp.any(preferred_BxKxK, axis=(1, 2))
     best_BxK = valid_BxK & ~jnp.any(preferred_BxKxK, axis=1)
 
@@ -111,12 +110,14 @@ def ranked_pairs(score_BxK: Any, rank_BxK: Any, valid_BxK: Any) -> tuple[jax.Arr
       p_BxKxK, 0 where there is no preference, and preferred_BxKxK, bool, True at [b, w, l]. Each
       untied pair appears once, winner first.
     """
-    margin_BxKxK, preferred_BxKxK = _margins(score_BxK, rank_BxK, valid_BxK)
+    _, margin_BxKxK, preferred_BxKxK = _margins(score_BxK, rank_BxK, valid_BxK)
     return jnp.where(preferred_BxKxK, jax.nn.sigmoid(margin_BxKxK), 0.0), preferred_BxKxK
 
 
-def _margins(score_BxK: Any, rank_BxK: Any, valid_BxK: Any) -> tuple[jax.Array, jax.Array]:
-    """(r_w - r_l at [b, w, l] where w is preferred to l, else 0; where that is), checked."""
+def _margins(
+    score_BxK: Any, rank_BxK: Any, valid_BxK: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(r, r_w - r_l at [b, w, l] where w is preferred to l, else 0; where that is), checked."""
     score_BxK = shapes.float_array("score_BxK", score_BxK, 2)
     rank_BxK = shapes.int_array("rank_BxK", rank_BxK, 2)
     valid_BxK = shapes.bool_array("valid_BxK", valid_BxK, 2)
@@ -128,7 +129,7 @@ def _margins(score_BxK: Any, rank_BxK: Any, valid_BxK: Any) -> tuple[jax.Array, 
     )
     # Subtraction is linear, so one where keeps a NaN out of the gradient too.
     margin_BxKxK = score_BxK[:, :, None] - score_BxK[:, None, :]
-    return jnp.where(preferred_BxKxK, margin_BxKxK, 0.0), preferred_BxKxK
+    return score_BxK, jnp.where(preferred_BxKxK, margin_BxKxK, 0.0), preferred_BxKxK
 
 
 def _mean_over_row(x_BxK: jax.Array, mask_BxK: jax.Array) -> jax.Array:
