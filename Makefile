@@ -4,8 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEEDS ?= 1
 WORKERS ?= 2
-# JAX on CPU gives memory back to the kernel after every step and takes it again; keep the pages.
-KEEP_PAGES := GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456:glibc.malloc.arena_max=1
 
 .PHONY: demo test test-all soak mutants lint clean
 
@@ -16,7 +14,7 @@ $(VENV)/installed: setup.py pyproject.toml
 	touch $@
 
 demo: $(VENV)/installed
-	$(KEEP_PAGES) $(BIN)/instructax run --config configs/demo.py --seeds $(SEEDS)
+	INSTRUCTAX=$(BIN)/instructax launch/local.sh --flags cpu -- run --config configs/demo.py --seeds $(SEEDS)
 
 test: $(VENV)/installed lint
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not soak"
@@ -35,7 +33,7 @@ mutants: $(VENV)/installed
 	$(BIN)/mutmut results
 
 lint: $(VENV)/installed
-	$(BIN)/ruff check src tests configs setup.py
+	$(BIN)/ruff check src tests configs launch setup.py
 	$(BIN)/mypy
 
 clean:

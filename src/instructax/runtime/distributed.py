@@ -21,7 +21,8 @@ def initialize_if_needed() -> None:
 
     Must run before the first use of a device. Launched as one of many means: the three variables
     JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or a TPU VM, a SLURM step of
-    several tasks, or Open MPI, all of which JAX detects by itself.
+    several tasks, or Open MPI, all of which JAX detects by itself. A peer that is silent for
+    INSTRUCTAX_HEARTBEAT_SECONDS (default 100) counts as dead.
 
     Raises:
       UserError: some of the three variables are missing, or the other processes were not found.
@@ -31,6 +32,7 @@ def initialize_if_needed() -> None:
     arguments = _explicit(os.environ)
     if not arguments and not _cluster(os.environ):
         return
+    arguments |= _heartbeat(os.environ)
     try:
         jax.distributed.initialize(**arguments)
     except (RuntimeError, ValueError) as error:
@@ -55,6 +57,15 @@ def _explicit(environ: Mapping[str, str]) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{names[1]} and {names[2]} must be integers: {error}") from error
     return {"coordinator_address": environ[names[0]], "num_processes": count, "process_id": index}
+
+
+def _heartbeat(environ: Mapping[str, str]) -> dict[str, int]:
+    text = environ.get("INSTRUCTAX_HEARTBEAT_SECONDS", "")
+    if not text:
+        return {}
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"INSTRUCTAX_HEARTBEAT_SECONDS must be a number of seconds, got {text!r}")
+    return {"heartbeat_timeout_seconds": int(text)}
 
 
 def _cluster(environ: Mapping[str, str]) -> bool:
