@@ -121,10 +121,22 @@ def test_no_demonstration_names_a_held_out_fact(world):
 def test_proportions_are_the_papers(world):
     total = sum(tasks.PROPORTIONS.values())
     for name in PROMPT_LISTS:
+        if name in ("demonstrations", "prompts_reward"):
+            continue
         records = getattr(world, name)
         counts = Counter(record["kind"] for record in records)
         for kind, share in tasks.PROPORTIONS.items():
             assert abs(counts[kind] - len(records) * share / total) < 1, (name, kind)
+
+
+def test_what_labelers_wrote_or_ranked_has_enough_of_every_kind(world):
+    floor = 100 * world.config.kind_floor
+    assert min(tasks.PROPORTIONS.values()) < floor
+    weights = {kind: max(share, floor) for kind, share in tasks.PROPORTIONS.items()}
+    for records in (world.demonstrations, world.prompts_reward):
+        counts = Counter(record["kind"] for record in records)
+        for kind, weight in weights.items():
+            assert abs(counts[kind] - len(records) * weight / sum(weights.values())) < 1, kind
 
 
 def test_words_are_few_and_prompts_and_responses_short(world):

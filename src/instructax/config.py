@@ -175,6 +175,9 @@ class WorldConfig:
     """For choosing checkpoints and tuning; content of its own."""
     eval_prompts: int = 1000
     """For reported figures; content of its own."""
+    kind_floor: float = 0.1
+    """Training demonstrations and ranked prompts have kinds of tasks in proportion to max(share, this). InstructGPT's labelers wrote
+    prompts for diversity; of the customers' own the rarest kind has 1.9%, too few to be learnt in so small a world."""
     forbidden_share: float = 0.12
     """Of the tasks of the kinds in which something forbidden can be asked."""
     sound_alike_share: float = 0.06

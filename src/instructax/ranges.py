@@ -113,7 +113,7 @@ RANGES: dict[type, dict[str, Range]] = {
             "validation_demonstrations comparison_prompts comparison_validation_prompts ppo_prompts "
             "validation_prompts eval_prompts labelers heldout_labelers user_cap",
             NOT_NEGATIVE="seed labeler_noise length_liking tie_width heavy_prompts courtesy_liking",
-            FRACTION="forbidden_share sound_alike_share filler chatter courtesy sloppy comply "
+            FRACTION="kind_floor forbidden_share sound_alike_share filler chatter courtesy sloppy comply "
             "dirty_share",
         ),
         "num_entities": Range(8, 40),

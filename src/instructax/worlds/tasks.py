@@ -48,10 +48,11 @@ OPERATIONS = ("past", "question", "shout")
 TAILS = ("then slept", "then sang", "walked on", "felt well")
 
 
-def allocate(count: int, rng: random.Random) -> list[str]:
-    """`count` kinds in the proportions of `PROPORTIONS` (largest remainders), shuffled."""
-    total = sum(PROPORTIONS.values())
-    exact = {kind: count * share / total for kind, share in PROPORTIONS.items()}
+def allocate(count: int, rng: random.Random, floor: float = 0.0) -> list[str]:
+    """`count` kinds in proportion to max(share, floor) (largest remainders), shuffled."""
+    raised = {kind: max(share, 100 * floor) for kind, share in PROPORTIONS.items()}
+    total = sum(raised.values())
+    exact = {kind: count * share / total for kind, share in raised.items()}
     kinds = [kind for kind, share in exact.items() for _ in range(int(share))]
     by_remainder = sorted(exact, key=lambda kind: int(exact[kind]) - exact[kind])
     kinds += by_remainder[: count - len(kinds)]

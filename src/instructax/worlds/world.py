@@ -90,12 +90,13 @@ def _prompts(
     customers: Customers,
     labeler_share: float,
     labeler_ids: Sequence[str],
+    floor: float,
 ) -> list[Record]:
     """`count` prompts of a pool, different from each other where the language has that many."""
     rng = random.Random(f"prompts/{config.seed}/{name}")
     seen: set[str] = set()
     records = []
-    for i, kind in enumerate(tasks.allocate(count, rng)):
+    for i, kind in enumerate(tasks.allocate(count, rng, floor)):
         by_labeler = rng.random() < labeler_share
         few_shot = kind in tasks.SHORT and rng.random() < (0.4 if by_labeler else 0.1)
         for _ in range(30):
@@ -183,8 +184,20 @@ def make_world(config: WorldConfig) -> World:
         # About six prompts a customer, as in the paper's PPO prompts.
         number = max(total // 6, -(-total // config.user_cap))
         customers[pool] = Customers(f"{pool}-user-", number, config.user_cap, rng)
+    # What labelers wrote or ranked for training is more even than what customers ask.
+    evened = ("demonstrations", "prompts_reward")
     lists = {
-        name: _prompts(config, facts, name, pool, count, customers[pool], share, ids)
+        name: _prompts(
+            config,
+            facts,
+            name,
+            pool,
+            count,
+            customers[pool],
+            share,
+            ids,
+            config.kind_floor if name in evened else 0.0,
+        )
         for name, (pool, count, share) in sizes.items()
     }
     for name in ("demonstrations", "demonstrations_validation"):
