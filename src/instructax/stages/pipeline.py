@@ -23,8 +23,7 @@ def run(config: Config) -> None:
     folder = run_folder(config)
     open_folder(folder, config, stage="run")
     enable_compile_cache(Path(config.run_dir) / ".compile_cache")
-    clock = _Clock(folder / "seconds.json")
-    with clock:
+    with _Spent(folder / "spent.json") as spent:
         if not (folder / "data" / "curation.json").is_file():
             data.run(config)
         if not config.tokenizer.path:
@@ -34,7 +33,7 @@ def run(config: Config) -> None:
         for seed in range(config.seed, config.seed + config.seeds):
             _one_seed(replace(config, name=f"{config.name}/seed{seed}", seed=seed))
     seeds = [config.seed + i for i in range(config.seeds)]
-    write_json(folder / "summary.json", summarise(config, seeds, clock.seconds))
+    write_json(folder / "summary.json", summarise(config, seeds, spent))
     print(f"report: {page.write_report(folder)}")
 
 
@@ -59,12 +58,14 @@ def _has_comparisons(config: Config) -> bool:
     return data.exists(config, "comparisons")
 
 
-class _Clock:
-    """Seconds of work on a run, over all its continuations."""
+class _Spent:
+    """Seconds of work on a run and its largest memory, over all its continuations."""
 
     def __init__(self, path: Path):
         self._path = path
-        self.seconds = json.loads(path.read_text("utf-8")) if path.is_file() else 0.0
+        before = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        self.seconds: float = before.get("seconds", 0.0)
+        self.peak_rss_bytes: int = before.get("peak_rss_bytes", 0)
 
     def __enter__(self) -> Self:
         self._start = time.monotonic()
@@ -72,18 +73,20 @@ class _Clock:
 
     def __exit__(self, *_: object) -> None:
         self.seconds += time.monotonic() - self._start
-        write_json(self._path, self.seconds)
+        self.peak_rss_bytes = max(self.peak_rss_bytes, peak_rss_bytes())
+        spent = {"seconds": self.seconds, "peak_rss_bytes": self.peak_rss_bytes}
+        write_json(self._path, spent)
 
 
-def summarise(config: Config, seeds: list[int], seconds: float) -> dict[str, Any]:
+def summarise(config: Config, seeds: list[int], spent: _Spent) -> dict[str, Any]:
     """The figures of the report, nested, over the run's seeds."""
     folder = run_folder(config)
     runs = [folder / f"seed{seed}" for seed in seeds]
     figures = [json.loads((run / "evaluate.json").read_text("utf-8")) for run in runs]
     rewards = [json.loads((run / "reward/validation.json").read_text("utf-8")) for run in runs]
     summary: dict[str, Any] = {
-        "seconds": seconds,
-        "peak_rss_bytes": peak_rss_bytes(),
+        "seconds": spent.seconds,
+        "peak_rss_bytes": spent.peak_rss_bytes,
         "seeds": seeds,
         "judge": figures[0]["judge"],
         "weights_judged": figures[0]["weights_judged"],
