@@ -4,19 +4,26 @@
     make demo SEEDS=3     # intervals over prompts and seeds
 
 Figures, machine and time are in README.md. Deviations from InstructGPT's settings, each for the size of
-the world, all tuned on world seeds 1 and 9 and their validation prompts, never on this one's. Worlds 7, 8 and 9 were
-evaluated once each before this one, with earlier settings: 7 led to comparisons from every SFT epoch, 8 forgot too little
-under plain PPO, and on 9 the control won (57%), since when its value network starts from 0 (started from the
-reward model it can hand on, through GAE, what shuffled scores no longer say) and minibatches are twice as large.
+the world, all tuned on world seeds 1 and 9 and their validation prompts, never on this one's. Worlds 7 to 10 were
+evaluated once each before this one, with earlier settings, and each taught something:
 
-- Learning rates: 2e-3 pretraining, 7e-4 SFT and init, 5e-4 reward, 8e-4 PPO. The paper's 1e-5 is for
+- 7: comparisons come from every SFT epoch. 8: too little was forgotten under plain PPO.
+- 9: the control won (57%), since when its value network starts from 0 (started from the reward model it can hand on,
+  through GAE, what shuffled scores no longer say) and minibatches are twice as large.
+- 10: the control won still (55%; 51% where lengths match): noise makes any policy sharper and its answers shorter,
+  which mends faults. Faults in half of the demonstrations instead of a third did not change that (world 1). And
+  classification fell by .73 standard deviations: hence `kind_floor`.
+
+The settings:
+
+- Learning rates: 2e-3 pretraining, 7e-4 SFT and init, 5e-4 reward and PPO. The paper's 1e-5 is for
   models three thousand times as large.
-- SFT: 3 epochs with 30% pretraining text (the paper: 0), RL init 2 with 20% (10%), and no dropout. Facts are learnt
-  in pretraining alone; without the mixture recall of facts fell from .99 to .86 during SFT (one run of a
-  word-level sketch of world 0), and an init with 10% ended below SFT in gold by .24.
+- SFT: 3 epochs with 30% pretraining text and no dropout. Facts are learnt in pretraining alone; without the
+  mixture recall of facts fell from .99 to .86 during SFT (one run of a word-level sketch of world 0). The RL init keeps the
+  paper's 2 epochs and 10%: with 20% or 30% it forgets less, and there is less for gamma to bring back.
 - SFT's epoch is chosen by two samples a prompt: one leaves a standard error of .07 between epochs .1 apart.
 - Reward model: 2 epochs, batches of 16 prompts: 2,400 prompts are few.
-- normalize_reward, and beta = .6 on the normalised reward: responses are a dozen tokens, and at .02 the
+- normalize_reward, and beta = .25 on the normalised reward: responses are a dozen tokens, and at .02 the
   policy leaves the init by far more than 2 nats.
 - gamma = 1 with the mean over tokens. The pretraining gradient's norm is about a fifth of PPO's there
   (.3 to 1.4); at 27.8 it would be six times PPO's, and with the sum over rows of 64 tokens far more.
@@ -63,7 +70,7 @@ def config() -> Config:
         name="demo",
         tokenizer=TokenizerConfig(vocab_size=VOCABULARY, kind="bpe"),
         data=DataConfig(
-            world=WorldConfig(seed=10, labeler_noise=0.7),
+            world=WorldConfig(seed=11, labeler_noise=0.7),
             dedup_prefix_chars=96,
             max_prompt_tokens=PROMPT,
             max_response_tokens=RESPONSE,
@@ -92,7 +99,7 @@ def config() -> Config:
             row_length=96,
             epochs=2,
             dropout=0.0,
-            pretrain_mix=0.2,
+            pretrain_mix=0.1,
             select_by="last",
         ),
         reward=RewardConfig(
@@ -103,13 +110,13 @@ def config() -> Config:
             evaluations=2,
         ),
         ppo=PpoConfig(
-            kl_coef=0.6,
+            kl_coef=0.25,
             ptx_coef=1.0,
             episodes=60 * 96,
             batch_size=96,
             minibatch_size=48,
             policy_optimizer=OptimizerConfig(
-                learning_rate=8e-4, schedule="constant", warmup_steps=8, warmup_from=0.1
+                learning_rate=5e-4, schedule="constant", warmup_steps=8, warmup_from=0.1
             ),
             value_optimizer=rate,
             ema_decay=0.92,
