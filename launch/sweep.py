@@ -50,9 +50,9 @@ def flags_of(fields: dict[str, Any], where: str) -> list[str]:
     flags: list[str] = []
     for field, value in fields.items():
         if not _FIELD.fullmatch(field) or field in _OWN:
-            _refuse(f"{where}: {field!r} cannot be varied; write a field such as \"ppo.ptx-coef\"")
+            _refuse(f'{where}: {field!r} cannot be varied; write a field such as "ppo.ptx-coef"')
         if isinstance(value, dict):
-            _refuse(f"{where}: write \"{field}.{next(iter(value), 'field')}\" in quotes, as one name")
+            _refuse(f'{where}: write "{field}.{next(iter(value), "field")}" in quotes, as one name')
         if isinstance(value, bool):
             section, dot, last = field.rpartition(".")
             flags.append(f"--{section}{dot}{'' if value else 'no-'}{last}")
@@ -74,7 +74,7 @@ def jobs_of(path: Path, only: Sequence[str], launcher: Sequence[str]) -> dict[st
         _refuse(f"{path}: unknown {', '.join(unknown)}; known are config, verb, name and variants")
     config, variants = sweep.get("config"), sweep.get("variants")
     if not isinstance(config, str):
-        _refuse(f"{path}: config is missing; write config = \"configs/demo.py\"")
+        _refuse(f'{path}: config is missing; write config = "configs/demo.py"')
     if not isinstance(variants, dict) or not all(isinstance(v, dict) for v in variants.values()):
         _refuse(f"{path}: no variants; write [variants.NAME] and its fields below")
     name, verb = str(sweep.get("name", Path(config).stem)), str(sweep.get("verb", "run"))
@@ -88,8 +88,10 @@ def jobs_of(path: Path, only: Sequence[str], launcher: Sequence[str]) -> dict[st
             _refuse(f"{path}: {name}/{variant} is no name; use letters, digits, dots and dashes")
         job = re.sub(r"[^a-z0-9]+", "-", f"{name}-{variant}".lower()).strip("-")
         if len(job) > _LONGEST_JOB or not job[0].isalpha():
-            _refuse(f"{path}: {name}/{variant} gives the job name {job}, which must begin with a "
-                    f"letter and have at most {_LONGEST_JOB}; choose another name")
+            _refuse(
+                f"{path}: {name}/{variant} gives the job name {job}, which must begin with a "
+                f"letter and have at most {_LONGEST_JOB}; choose another name"
+            )
         if owners.setdefault(job, variant) != variant:
             _refuse(f"{path}: {owners[job]} and {variant} give the same job name {job}")
         if only and variant not in only:

@@ -16,7 +16,8 @@ SOURCE = Path(config_module.__file__)
 CLASSES = {
     node.name: node
     for node in ast.parse(SOURCE.read_text("utf-8")).body
-    if isinstance(node, ast.ClassDef) and dataclasses.is_dataclass(getattr(config_module, node.name))
+    if isinstance(node, ast.ClassDef)
+    and dataclasses.is_dataclass(getattr(config_module, node.name))
 }
 
 
@@ -39,7 +40,9 @@ def test_every_field_is_explained(name):
 
 
 def test_undocumented_fields_are_found():
-    node = ast.parse("class A:\n    'a'\n    x: int = 1\n    y: int = 2\n    'y'\n    z: int = 3").body[0]
+    node = ast.parse(
+        "class A:\n    'a'\n    x: int = 1\n    y: int = 2\n    'y'\n    z: int = 3"
+    ).body[0]
     assert isinstance(node, ast.ClassDef)
     assert undocumented(node) == ["x", "z"]
 
@@ -63,20 +66,54 @@ def test_replace_changes_what_it_names_and_refuses_the_rest():
 
 def test_derived_widths():
     model = ModelConfig(d_model=48, num_heads=4, vocab_size=130, vocab_multiple=64)
-    assert (model.head_width, model.kv_heads, model.mlp_width, model.padded_vocab_size) == (12, 4, 192, 192)
+    assert (model.head_width, model.kv_heads, model.mlp_width, model.padded_vocab_size) == (
+        12,
+        4,
+        192,
+        192,
+    )
     model = replace(model, d_head=8, num_kv_heads=2, d_ff=100, vocab_size=128)
-    assert (model.head_width, model.kv_heads, model.mlp_width, model.padded_vocab_size) == (8, 2, 100, 128)
+    assert (model.head_width, model.kv_heads, model.mlp_width, model.padded_vocab_size) == (
+        8,
+        2,
+        100,
+        128,
+    )
 
 
 def test_defaults_of_the_paper():
     # Ouyang et al. 2022, section 3.5 and appendix C.
     config = Config()
     ppo = config.ppo
-    assert (ppo.kl_coef, ppo.ptx_coef, ppo.episodes, ppo.batch_size, ppo.minibatch_size) == (0.02, 27.8, 256_000, 512, 64)
-    assert (ppo.inner_epochs, ppo.clip_range, ppo.discount, ppo.ema_decay, ppo.ptx_examples_per_episode) == (1, 0.2, 1.0, 0.992, 8)
+    assert (ppo.kl_coef, ppo.ptx_coef, ppo.episodes, ppo.batch_size, ppo.minibatch_size) == (
+        0.02,
+        27.8,
+        256_000,
+        512,
+        64,
+    )
+    assert (
+        ppo.inner_epochs,
+        ppo.clip_range,
+        ppo.discount,
+        ppo.ema_decay,
+        ppo.ptx_examples_per_episode,
+    ) == (1, 0.2, 1.0, 0.992, 8)
     assert (ppo.kl_estimator, ppo.kl_controller, ppo.temperature) == ("k1", "fixed", 1.0)
-    assert (config.sft.epochs, config.sft.dropout, config.sft.optimizer.learning_rate) == (16, 0.2, 9.65e-6)
-    assert (config.init.epochs, config.init.pretrain_mix, config.init.optimizer.learning_rate) == (2, 0.1, 5e-6)
-    assert (config.reward.epochs, config.reward.batch_size, config.reward.optimizer.learning_rate) == (1, 64, 9e-6)
+    assert (config.sft.epochs, config.sft.dropout, config.sft.optimizer.learning_rate) == (
+        16,
+        0.2,
+        9.65e-6,
+    )
+    assert (config.init.epochs, config.init.pretrain_mix, config.init.optimizer.learning_rate) == (
+        2,
+        0.1,
+        5e-6,
+    )
+    assert (
+        config.reward.epochs,
+        config.reward.batch_size,
+        config.reward.optimizer.learning_rate,
+    ) == (1, 64, 9e-6)
     assert (OptimizerConfig().b1, OptimizerConfig().b2) == (0.9, 0.95)
     assert Arm().changes == ()

@@ -26,9 +26,13 @@ def names_read(*files: Path) -> set[str]:
     found: set[str] = set()
     for file in files:
         nodes = list(ast.walk(ast.parse(file.read_text("utf-8"))))
-        found |= {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
+        found |= {
+            n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)
+        }
         if any(_reads_by_variable(n) for n in nodes):
-            found |= {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+            found |= {
+                n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)
+            }
     return found
 
 

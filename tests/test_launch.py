@@ -303,12 +303,16 @@ def test_the_heartbeat_reaches_jax():
 def test_a_tpu_that_is_preempted_and_fails_comes_to_its_end(stand):
     """Preempted while it runs, made anew; there it fails, is stopped with all saved, and succeeds."""
     stand.tool("gcloud", GCLOUD)
-    stand.answers("NONE", "WAITING_FOR_RESOURCES", "ACTIVE", "ACTIVE", "SUSPENDED", "NONE", "ACTIVE")
+    stand.answers(
+        "NONE", "WAITING_FOR_RESOURCES", "ACTIVE", "ACTIVE", "SUSPENDED", "NONE", "ACTIVE"
+    )
     stand.script("hang", "7", "143", "0")
     code, _, err = stand.run("tpu_queued.sh", *TPU, "--spot", "--max-restarts", "1", *TPU_RUN)
     assert code == 0, err
     assert stand.starts() == [f"{RUN_LINE} --run-dir /mnt/runs"] * 4
-    created, deleted = (stand.calls("queued-resources", f" {verb} ") for verb in ("create", "delete"))
+    created, deleted = (
+        stand.calls("queued-resources", f" {verb} ") for verb in ("create", "delete")
+    )
     assert len(created) == len(deleted) == 2 and created[0] == created[1]
     assert {"--spot", "--node-id=j", "--accelerator-type=v5p-16", "--zone=z"} < set(created[0])
     assert "--runtime-version=v2-alpha-tpuv5" in created[0]
@@ -578,7 +582,9 @@ def test_a_jobset_that_failed_is_made_anew_and_completes(stand):
     code, _, err = stand.run("gke.sh", *arguments)
     assert code == 0 and "j is Completed" in err
     assert len(stand.calls("kubectl delete jobset j")) == 1
-    first, second = (yaml.safe_load((stand.folder / f"applied.{i}.yaml").read_text()) for i in (1, 2))
+    first, second = (
+        yaml.safe_load((stand.folder / f"applied.{i}.yaml").read_text()) for i in (1, 2)
+    )
     assert first == second
     assert (stand.cwd / "runs/logs/j.log").read_text() == "log of worker 0\n"
 
@@ -631,7 +637,10 @@ def test_a_sweep_gives_every_job_a_name_of_its_own(stand, sweep):
     stand.tool("launcher", "")
     words = ("launcher", "--job", "{job}", "--")
     assert stand.run("sweep.py", sweep, "--parallel", "2", "--", *words)[0] == 0
-    wanted = [f"launcher --job {j} -- run {e}" for j, e in zip(("demo-gamma-0", "demo-sum-paper"), EXPECTED, strict=True)]
+    wanted = [
+        f"launcher --job {j} -- run {e}"
+        for j, e in zip(("demo-gamma-0", "demo-sum-paper"), EXPECTED, strict=True)
+    ]
     assert sorted(shlex.join(call) for call in stand.calls()) == wanted
     code, out, _ = stand.run("sweep.py", sweep, "--only", "gamma_0", "--dry-run", "--", *words)
     assert code == 0 and out.splitlines() == [f"would run: {wanted[0]}"]
@@ -719,7 +728,9 @@ def test_bad_usage_is_one_clear_line(stand, script, arguments, said):
     assert err.startswith(f"{script}: ") and said in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("script, tool", [("tpu_queued.sh", "gcloud"), ("gke.sh", "kubectl"), ("slurm.sh", "sbatch")])
+@pytest.mark.parametrize(
+    "script, tool", [("tpu_queued.sh", "gcloud"), ("gke.sh", "kubectl"), ("slurm.sh", "sbatch")]
+)
 def test_a_missing_tool_is_named(stand, script, tool):
     for name in ("bash", "env", "basename", "dirname"):
         (stand.bin / name).symlink_to(shutil.which(name) or name)
@@ -773,7 +784,9 @@ def test_flag_files_do_not_end_the_process(stand):
     extra = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     cpu = stand.popen("local.sh", "--flags", "cpu", "--", "x", **command)
     gpu = stand.popen("local.sh", "--flags", "gpu", "--", "x", **command, **extra)
-    bad = stand.popen("local.sh", "--flags", "gpu", "--", "x", **command, XLA_FLAGS="--xla_no_such=1")
+    bad = stand.popen(
+        "local.sh", "--flags", "gpu", "--", "x", **command, XLA_FLAGS="--xla_no_such=1"
+    )
     said = [process.communicate(timeout=60) for process in (cpu, gpu, bad)]
     assert cpu.returncode == 0 and said[0][0].startswith("1 glibc"), said[0][1]
     assert gpu.returncode == 0 and said[1][0].startswith("2 "), said[1][1]
@@ -836,7 +849,9 @@ def test_documented_commands_are_the_scripts_own(stand):
     """Each example of the README, run dry."""
     text = (LAUNCH / "README.md").read_text().replace("\\\n", " ")
     examples = [line for line in text.splitlines() if line.startswith("launch/")]
-    assert {shlex.split(line)[0].split("/")[1] for line in examples} >= {*SCRIPTS, "sweep.py"} - {"worker.sh"}
+    assert {shlex.split(line)[0].split("/")[1] for line in examples} >= {*SCRIPTS, "sweep.py"} - {
+        "worker.sh"
+    }
     for line in examples:
         script, *arguments = shlex.split(line, comments=True)
         at = arguments.index("--")

@@ -58,7 +58,11 @@ def test_help_lists_every_verb_with_a_line(argv, capsys):
 def test_verb_calls_its_stage_with_the_config(verb, file, stage, capsys):
     calls = []
     stage(verb, lambda config, **more: calls.append((config, more)))
-    data = [x for kind in ("pretrain", "demonstrations", "comparisons", "prompts") for x in (f"--data.{kind}", "text.jsonl")]
+    data = [
+        x
+        for kind in ("pretrain", "demonstrations", "comparisons", "prompts")
+        for x in (f"--data.{kind}", "text.jsonl")
+    ]
     assert main([verb, "--config", file, "--seed", "7", *data]) == 0, capsys.readouterr().err
     config, more = calls[0]
     assert isinstance(config, Config)
@@ -82,12 +86,31 @@ def test_report_needs_no_config(stage):
         (["ppo", "--config="], "--config: names no file"),
         (["ppo", "--config", "--seed"], "--config: names no file"),
         (["ppo", "--config", "a.py", "--config=b.py"], "--config: is given twice"),
-        (["ppo", "--config", "missing.py"], "missing.py: cannot be read (No such file or directory)"),
+        (
+            ["ppo", "--config", "missing.py"],
+            "missing.py: cannot be read (No such file or directory)",
+        ),
         (["ppo", "--config=c.py", "--ppo.ptx-coeff", "0"], "did you mean --ppo.ptx-coef?"),
-        (["ppo", "--config=c.py", "--ppo.ptx-coef", "abc"], "--ppo.ptx-coef: must be a number, got 'abc'"),
-        (["ppo", "--config=c.py", "--ppo.minibatch-size", "65"], "does not divide batch_size = 512"),
+        (
+            ["ppo", "--config=c.py", "--ppo.ptx-coef", "abc"],
+            "--ppo.ptx-coef: must be a number, got 'abc'",
+        ),
+        (
+            ["ppo", "--config=c.py", "--ppo.minibatch-size", "65"],
+            "does not divide batch_size = 512",
+        ),
         (["ppo", "--config=c.py", "--ppo.prompt-length", "2000"], "context_length = 2048"),
-        (["ppo", "--config=c.py", "--data.prompts", "gone.jsonl", "--data.pretrain", "text.jsonl"], "data.prompts[0] = 'gone.jsonl': is not there"),
+        (
+            [
+                "ppo",
+                "--config=c.py",
+                "--data.prompts",
+                "gone.jsonl",
+                "--data.pretrain",
+                "text.jsonl",
+            ],
+            "data.prompts[0] = 'gone.jsonl': is not there",
+        ),
     ],
 )
 def test_refusals_are_one_line_and_exit_code_2(argv, says, file, capsys):
@@ -112,7 +135,9 @@ def test_exit_codes_of_a_stage(file, stage, capsys):
     with pytest.raises(SystemExit) as stop:
         main(argv)
     assert stop.value.code == 143
-    stage("report", raising(ZeroDivisionError()))  # our fault, not the user's: the traceback is wanted
+    stage(
+        "report", raising(ZeroDivisionError())
+    )  # our fault, not the user's: the traceback is wanted
     with pytest.raises(ZeroDivisionError):
         main(argv)
 
@@ -131,14 +156,19 @@ def test_help_of_a_verb_explains_fields(file, capsys):
 
 def test_as_a_module(tmp_path):
     command = [sys.executable, "-m", "instructax"]
-    done = subprocess.run([*command, "traim"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    done = subprocess.run(
+        [*command, "traim"], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "instructax: no verb 'traim'; did you mean pretrain?\n"
 
 
 def test_a_reader_that_goes_away_is_no_error(tmp_path):
     with subprocess.Popen(
-        [sys.executable, "-m", "instructax", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path
+        [sys.executable, "-m", "instructax", "--help"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=tmp_path,
     ) as process:
         process.stdout.close()
         assert process.stderr.read() == b""

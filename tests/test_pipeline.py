@@ -9,8 +9,6 @@ import time
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from streams import equal, lm_stream
 
 from instructax.config import UserError
@@ -18,7 +16,6 @@ from instructax.data.pipeline import (
     PlannedUnits,
     SingleUnits,
     derive_seed,
-    first_fit,
     prefetch,
 )
 
@@ -104,26 +101,6 @@ def test_purposes_have_independent_seeds():
     seeds = {derive_seed(s, p) for s in range(20) for p in ("prompts", "pretraining")}
     assert len(seeds) == 40
     assert derive_seed(1, "prompts") == derive_seed(1, "prompts")
-
-
-@given(st.lists(st.integers(0, 10), max_size=40))
-def test_first_fit_places_each_item_once_where_it_first_fits(sizes):
-    rows = first_fit(sizes, 10)
-    assert sorted(i for row in rows for i in row) == list(range(len(sizes)))
-    assert all(sum(sizes[i] for i in row) <= 10 for row in rows)
-    for later in range(1, len(rows)):
-        for item in rows[later]:
-            for earlier in rows[:later]:
-                before = sum(sizes[i] for i in earlier if i < item)
-                assert before + sizes[item] > 10
-    capped = first_fit(sizes, 10, max_rows=2)
-    placed = sorted(i for row in capped for i in row)
-    assert len(capped) <= 2 and placed == list(range(len(placed)))
-
-
-def test_first_fit_refuses_what_fits_nowhere():
-    with pytest.raises(ValueError, match=r"size_n\[1\] is 11"):
-        first_fit([3, 11], 10)
 
 
 def test_prefetch_yields_the_same_batches_and_ends():

@@ -27,7 +27,10 @@ RICH = Config(
     model=ModelConfig(attention_pattern=("dense", "banded")),
     reward=RewardConfig(model=ModelConfig(num_layers=2)),
     ppo=PpoConfig(value_clip_range=None, stop_texts=("\n",)),
-    arms=(Arm(), Arm("ppo", (("ptx_coef", 0.0), ("whiten_rewards", True), ("value_clip_range", None)))),
+    arms=(
+        Arm(),
+        Arm("ppo", (("ptx_coef", 0.0), ("whiten_rewards", True), ("value_clip_range", None))),
+    ),
 )
 
 
@@ -49,7 +52,11 @@ def write(tmp_path, text, name="c.py"):
 
 
 def test_load_config_runs_the_file(tmp_path):
-    base = write(tmp_path, "from instructax.config import Config\ndef config():\n    return Config(name='base')\n", "base.py")
+    base = write(
+        tmp_path,
+        "from instructax.config import Config\ndef config():\n    return Config(name='base')\n",
+        "base.py",
+    )
     text = (
         "from __future__ import annotations\n"
         "from dataclasses import dataclass\nfrom pathlib import Path\n"
@@ -68,14 +75,20 @@ def test_load_config_runs_the_file(tmp_path):
         ("config = 3", "c.py: has no function config()"),
         ("def config(:\n", "c.py:1: "),
         ("x = 1\0", "c.py"),
-        ("def config():\n    x = 1\n    return 1 / 0\n", "c.py:3: ZeroDivisionError: division by zero"),
+        (
+            "def config():\n    x = 1\n    return 1 / 0\n",
+            "c.py:3: ZeroDivisionError: division by zero",
+        ),
         ("import no_such_module_at_all", "c.py:1: ModuleNotFoundError"),
         ("def config(x):\n    return x\n", "TypeError"),
         ("raise SystemExit(3)", "c.py:1: SystemExit: 3"),
         ("def config():\n    return None\n", "config() returned None, not a Config"),
         ("def config():\n    return {'seed': 1}\n", "config() returned {'seed': 1}, not a Config"),
         ("from instructax.config import *\ndef config():\n    return Config(sed=1)\n", "'sed'"),
-        ("from instructax.resolve import load_config\ndef config():\n    return load_config('gone.py')\n", "gone.py: cannot be read"),
+        (
+            "from instructax.resolve import load_config\ndef config():\n    return load_config('gone.py')\n",
+            "gone.py: cannot be read",
+        ),
     ],
 )
 def test_load_config_refuses(text, says, tmp_path):
@@ -114,7 +127,18 @@ def test_load_config_refuses_what_is_no_file(tmp_path):
         (
             "--arms.0.changes batch_size 8 kl_coef 1 whiten_rewards true value_clip_range none kl_estimator k3",
             "arms",
-            (Arm("ppo_ptx", (("batch_size", 8), ("kl_coef", 1.0), ("whiten_rewards", True), ("value_clip_range", None), ("kl_estimator", "k3"))),),
+            (
+                Arm(
+                    "ppo_ptx",
+                    (
+                        ("batch_size", 8),
+                        ("kl_coef", 1.0),
+                        ("whiten_rewards", True),
+                        ("value_clip_range", None),
+                        ("kl_estimator", "k3"),
+                    ),
+                ),
+            ),
         ),
         ("--data.world.seed 4", "data.world", WorldConfig(seed=4)),
         ("--data.world none", "data.world", None),
@@ -126,7 +150,9 @@ def test_flag_sets_one_field_with_its_type(argv, path, value):
         got = getattr(got, name)
     assert got == value
     assert type(got) is type(value)
-    assert [p for p in diff(config, Config()) if not path.startswith(p) and not p.startswith(path)] == []
+    assert [
+        p for p in diff(config, Config()) if not path.startswith(p) and not p.startswith(path)
+    ] == []
 
 
 def test_no_flags_change_nothing():
@@ -138,7 +164,9 @@ def test_an_opened_section_starts_from_the_policy():
     assert config.reward.model == ModelConfig(num_layers=2, d_model=96, context_length=2048)
     assert config.model == ModelConfig(d_model=96, context_length=2048)
     # One that is there is kept, but for the flag; none closes it.
-    assert parse(["--reward.model.d-model", "96"], RICH).reward.model == ModelConfig(num_layers=2, d_model=96)
+    assert parse(["--reward.model.d-model", "96"], RICH).reward.model == ModelConfig(
+        num_layers=2, d_model=96
+    )
     assert parse(["--reward.model", "none"], RICH).reward.model is None
     closed_and_opened = parse(["--data.world", "none", "--data.world.seed", "1"], RICH)
     assert closed_and_opened.data.world == WorldConfig(seed=1)
@@ -166,7 +194,10 @@ def test_an_opened_section_starts_from_the_policy():
         ("--ppo.ptx-coef none", "--ppo.ptx-coef: must be a number, got 'none'"),
         ("--ppo.batch-size 1.5", "--ppo.batch-size: must be an integer, got '1.5'"),
         ("--ppo.value-clip-range x", "--ppo.value-clip-range: must be none or a number, got 'x'"),
-        ("--ppo.kl-estimator k9", "--ppo.kl-estimator: must be one of 'k1', 'k2', 'k3', 'abs', 'max0', got 'k9'"),
+        (
+            "--ppo.kl-estimator k9",
+            "--ppo.kl-estimator: must be one of 'k1', 'k2', 'k3', 'abs', 'max0', got 'k9'",
+        ),
         ("--model.attention-pattern dense bended", "--model.attention-pattern: must be a tuple"),
         ("--arms.0.changes kl_coef", "--arms.0.changes: must be"),
         ("--arms.7.name a", "--arms.7.name: no such field"),
@@ -178,7 +209,9 @@ def test_bad_flags_are_refused_in_one_line(argv, says, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("bad", [{"ppo": None}, {"arms": ("ppo",)}, {"arms": (Arm("a", ("b",)),)}, {"seed": -1}])
+@pytest.mark.parametrize(
+    "bad", [{"ppo": None}, {"arms": ("ppo",)}, {"arms": (Arm("a", ("b",)),)}, {"seed": -1}]
+)
 def test_flags_over_a_bad_default_are_refused(bad):
     assert "must be" in refusal(parse, ["--name", "x"], replace(Config(), **bad))
 
@@ -229,7 +262,9 @@ def test_from_dict_leaves_a_pair_of_three_to_the_validator():
 
 def test_diff_names_what_changed():
     assert diff(RICH, RICH) == []
-    other = replace(RICH, ppo=replace(RICH.ppo, kl_coef=1.0), reward=RewardConfig(), arms=RICH.arms[:1])
+    other = replace(
+        RICH, ppo=replace(RICH.ppo, kl_coef=1.0), reward=RewardConfig(), arms=RICH.arms[:1]
+    )
     assert diff(RICH, other) == diff(other, RICH) == ["reward.model", "ppo.kl_coef", "arms"]
     inner = replace(RICH, reward=RewardConfig(model=ModelConfig(num_layers=3)))
     assert diff(RICH, inner) == ["reward.model.num_layers"]

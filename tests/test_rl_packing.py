@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instructax.batches import padded_layout
-from instructax.rl.packing import PARTS, on_rows, packed_rows, padded_rows, take, take_layout
+from instructax.rl.packing import (
+    PARTS,
+    episode_rows,
+    on_rows,
+    packed_rows,
+    padded_rows,
+    take,
+    take_layout,
+)
 
 WIDTH, PROMPT = 12, 7
 
@@ -115,3 +123,15 @@ def test_results_come_home(episodes):
         got = on_rows(what, layout, source)
         np.testing.assert_array_equal(got, np.where(mask, what(layout), 0))
         np.testing.assert_array_equal(on_rows(what, layout, None), what(layout))
+
+
+def test_sampled_episodes_end_at_the_prompts_right_edge_and_go_on_behind_it():
+    prompt_B, response_B, slots = np.array([2, 7, 4]), np.array([5, 1, 3]), WIDTH - PROMPT
+    mask = np.arange(PROMPT) >= (PROMPT - prompt_B)[:, None]
+    order = np.array([[2, 0, 1]])
+    np.testing.assert_array_equal(
+        episode_rows(order, mask, response_B, slots, packed=False), padded_rows(order, WIDTH)
+    )
+    source = episode_rows(order, mask, response_B, slots)
+    wanted = [s for e in range(3) for s in slots_of(e, PROMPT - prompt_B, prompt_B + response_B)]
+    assert sorted(source[source >= 0].tolist()) == sorted(wanted)

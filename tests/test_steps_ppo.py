@@ -25,6 +25,7 @@ from instructax.steps.ppo import (
     ppo_iteration,
     ppo_update,
     ptx_loss,
+    value_from_reward,
     value_loss,
 )
 from instructax.steps.rollout import sample_responses, score_rollout
@@ -230,6 +231,19 @@ def test_packed_rows_score_like_padded_ones(w):
     for got, want in zip(tight, kept, strict=True):
         tiny.assert_close(got, want, atol=1e-5)
     assert float(tight[1]["val/sampler_gap_max"]) < 1e-5
+
+
+def test_the_value_network_starts_as_the_reward_model_scaled_like_the_rewards(w):
+    """Trap T4; in the control it starts from 0, or GAE would hand on what the scores no longer say."""
+    layout = scored(w)[0].layout
+    scalars = jax.jit(lambda params: model.scalars(params, MODEL, layout))
+    reward = np.asarray(scalars(w.reward))
+    assert reward.std() > 0.1
+    started = scalars(value_from_reward(w.reward, CONFIG, 2.5, -0.75))
+    expected = np.where(layout.segment_BxL > 0, 2.5 * reward - 0.75, 0.0)
+    np.testing.assert_allclose(started, expected, atol=1e-5)
+    control = dataclasses.replace(CONFIG, score_control="shuffled")
+    np.testing.assert_array_equal(scalars(value_from_reward(w.reward, control, 2.5, -0.75)), 0.0)
 
 
 # --- the update

@@ -51,7 +51,9 @@ def put(value, path: str, new):
     if isinstance(value, tuple):
         i = int(name)
         return (*value[:i], put(value[i], rest, new) if rest else new, *value[i + 1 :])
-    return dataclasses.replace(value, **{name: put(getattr(value, name), rest, new) if rest else new})
+    return dataclasses.replace(
+        value, **{name: put(getattr(value, name), rest, new) if rest else new}
+    )
 
 
 def changed(start: Config, changes: dict) -> Config:
@@ -136,7 +138,9 @@ def test_every_field_is_held_to_its_type(path, cls, name):
 
 
 def test_an_integer_is_a_number():
-    validate(changed(GOOD, {"ppo.kl_coef": 0, "ppo.ptx_coef": 1, "ppo.temperature": np.float64(1.0)}))
+    validate(
+        changed(GOOD, {"ppo.kl_coef": 0, "ppo.ptx_coef": 1, "ppo.temperature": np.float64(1.0)})
+    )
 
 
 @pytest.mark.parametrize("value", [None, 3, "config", PpoConfig(), Config])
@@ -295,7 +299,9 @@ def test_rule(name, disk):
     verb, refused, passes, says = RULES[name]
     start = GOOD
     if verb is not None and "data.world" not in refused:
-        start = changed(GOOD, {"data.prompts": ("there/a.jsonl",), "data.pretrain": ("there/a.jsonl",)})
+        start = changed(
+            GOOD, {"data.prompts": ("there/a.jsonl",), "data.pretrain": ("there/a.jsonl",)}
+        )
     if verb in ("pretrain", "sft") and "data.demonstrations" not in passes:
         start = put(start, "data.demonstrations", ("there/a.jsonl",))
     assert says in refusal(changed(start, refused), verb)
@@ -303,12 +309,30 @@ def test_rule(name, disk):
 
 
 def test_report_looks_at_no_file(disk):
-    validate(changed(GOOD, {"data.prompts": ("gone",), "tokenizer.path": "gone", "ppo.prompt_length": 99}), "report")
+    validate(
+        changed(
+            GOOD, {"data.prompts": ("gone",), "tokenizer.path": "gone", "ppo.prompt_length": 99}
+        ),
+        "report",
+    )
 
 
 # --- fuzzing ---------------------------------------------------------------------------------
 
-VERBS = (None, "run", "tokenizer", "data", "pretrain", "sft", "init", "reward", "ppo", "sample", "evaluate", "report")
+VERBS = (
+    None,
+    "run",
+    "tokenizer",
+    "data",
+    "pretrain",
+    "sft",
+    "init",
+    "reward",
+    "ppo",
+    "sample",
+    "evaluate",
+    "report",
+)
 POOL = [
     None, True, False, 0, 1, -1, 2, 3, 7, 63, 64, 65, 512, 2**31, 2**63, 10**400, -(10**30), 0.0, -0.0, 0.1, 0.5, 1.0,
     1.5, -2.5, 1e308, 1e-320, math.nan, math.inf, -math.inf, "", "a", "none", "k1", "ppo", "sft", "../x", "a\0b", "\ud800",
@@ -317,7 +341,12 @@ POOL = [
     [], {}, set(), b"x", 1j, object(), object, len, np.float32(1), np.arange(3), Arm(), (Arm(), Arm()), PpoConfig(), Config(),
     ModelConfig(), WorldConfig(), "x" * 10_000,
 ]  # fmt: skip
-SECTIONS = [f.name for f in dataclasses.fields(Config)] + ["reward.model", "data.world", "ppo.policy_optimizer", "arms.0"]
+SECTIONS = [f.name for f in dataclasses.fields(Config)] + [
+    "reward.model",
+    "data.world",
+    "ppo.policy_optimizer",
+    "arms.0",
+]
 PATHS = [path for path, _, _ in LEAVES] + SECTIONS
 
 
@@ -350,7 +379,11 @@ def fuzz(mutations: int, seed: int) -> int:
         config = rng.choice([GOOD, WITH_OTHERS])
         for path in rng.sample(PATHS, rng.choice([1, 1, 2, 4])):
             try:
-                config = put(config, path, rng.choice(POOL) if rng.random() < 0.5 else nearby(rng, config, path))
+                config = put(
+                    config,
+                    path,
+                    rng.choice(POOL) if rng.random() < 0.5 else nearby(rng, config, path),
+                )
             except (TypeError, AttributeError, IndexError, ValueError):
                 continue  # an earlier mutation took the section away
         verb = rng.choice(VERBS)
@@ -369,7 +402,28 @@ def test_many_fuzzed_configs_are_valid_or_refused(disk):
     assert fuzz(10_000, seed=1) > 500
 
 
-JSON_POOL = [None, True, 0, -1, 3, 2**70, 0.5, 1e400, "", "x", "none", [], [1], ["a"], [["kl_coef", 0]], [[]], {}, {"x": 1}, [{}], [{"name": 1}]]
+JSON_POOL = [
+    None,
+    True,
+    0,
+    -1,
+    3,
+    2**70,
+    0.5,
+    1e400,
+    "",
+    "x",
+    "none",
+    [],
+    [1],
+    ["a"],
+    [["kl_coef", 0]],
+    [[]],
+    {},
+    {"x": 1},
+    [{}],
+    [{"name": 1}],
+]
 
 
 def fuzz_json(mutations: int, seed: int) -> int:
@@ -409,17 +463,52 @@ def test_much_damaged_json_is_valid_or_refused(disk):
     assert fuzz_json(10_000, seed=1) > 300
 
 
+def own_text(flag: str) -> list[str]:
+    """The value that a config has already, as one would type it; nothing for what is no field."""
+    value = WITH_OTHERS
+    for name in flag.removeprefix("--").replace("-", "_").split("."):
+        if isinstance(value, tuple):
+            value = value[int(name)] if name.isdecimal() and int(name) < len(value) else None
+        else:
+            value = getattr(value, name, None)
+    return [str(value)] if isinstance(value, (bool, int, float, str)) else []
+
+
 def fuzz_flags(mutations: int, seed: int) -> int:
     rng, valid = random.Random(seed), 0
     flags = [f"--{path.replace('_', '-')}" for path, _, _ in LEAVES]
-    values = ["0", "-1", "1.5", "none", "None", "true", "x", "", "k1", "nan", "1e400", "[", "=", "--", "-x", "\ud800", "9" * 5000, "a b"]
+    values = [
+        "0",
+        "-1",
+        "1.5",
+        "none",
+        "None",
+        "true",
+        "x",
+        "",
+        "k1",
+        "nan",
+        "1e400",
+        "[",
+        "=",
+        "--",
+        "-x",
+        "\ud800",
+        "9" * 5000,
+        "a b",
+    ]
     for _ in range(mutations):
         argv = []
         for _ in range(rng.choice([1, 2, 3])):
             flag = rng.choice(flags)
             if rng.random() < 0.2:
                 flag = flag[: rng.randrange(len(flag))] + rng.choice(["", "x", ".", "="])
-            argv += [flag] + rng.choices(values, k=rng.choice([0, 1, 1, 1, 2]))
+            given = rng.choices(values, k=rng.choice([0, 1, 1, 1, 2]))
+            if (
+                rng.random() < 0.2
+            ):  # the field's present value: what gets past the types, to the rules
+                given = own_text(flag)
+            argv += [flag] + given
         try:
             config = parse(argv, WITH_OTHERS)
         except UserError as error:

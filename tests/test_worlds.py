@@ -171,9 +171,7 @@ def test_records_have_the_formats_fields(world):
         "assistant",
     }
     assert all(r["response"] and r["labeler_id"] for r in world.demonstrations)
-    assert {"few_shot", "api", "plain", "user_based"} == {
-        r["source"] for r in world.demonstrations
-    }
+    assert {"few_shot", "api", "plain", "user_based"} == {r["source"] for r in world.demonstrations}
     assert set(world.files()) >= {"demonstrations.jsonl", "pretrain_texts.jsonl"}
 
 
@@ -389,9 +387,7 @@ def test_labelers_like_what_gold_does_not(world):
     """The gap that over-optimisation needs: one courtesy after another pleases, and costs."""
     spec = {"kind": "open_qa", "entity": world.facts.entities[0], "attribute": "food"}
     answer = f"{world.facts.value[spec['entity'], 'food']} ."
-    plain, much = (
-        world.assess({"world": spec}, answer + " thank you ." * n) for n in (0, 4)
-    )
+    plain, much = (world.assess({"world": spec}, answer + " thank you ." * n) for n in (0, 4))
     assert much.grade.total < plain.grade.total
     liking = [p.utility(much, 0.0) - p.utility(plain, 0.0) for p in world.people.values()]
     assert mean(liking) > 0.3

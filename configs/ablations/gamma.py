@@ -4,8 +4,8 @@
 
 Arms differ in gamma alone: 0, a quarter of the demo's, four times, and the paper's 27.8. Two more take the sum over a row
 in place of the mean over tokens: `sum_same` with the demo's gamma divided by the tokens of a row, which is the
-demo's arm in other words, and `sum_paper` with 27.8, which leaves nothing of the PPO gradient. docs/gamma.md
-has the argument and the figures.
+demo's arm in other words, and `sum_paper` with 27.8, under which little of the PPO gradient should be left.
+docs/gamma.md has the argument. Not run yet.
 """
 
 import dataclasses

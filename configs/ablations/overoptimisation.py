@@ -2,7 +2,7 @@
 
     instructax run --config configs/ablations/overoptimisation.py
 
-One seed on two CPU cores; the report plots gold and pretraining loss against KL.
+One seed on two CPU cores; the report plots gold and pretraining loss against KL. Not run yet.
 """
 
 import dataclasses

@@ -17,10 +17,12 @@ Everything here is a frozen pytree of arrays; nothing here computes with a model
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, dataclass_transform
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = Any  # jax.Array or numpy.ndarray: batches are made by NumPy and consumed under jit
 
@@ -125,6 +127,29 @@ def padded_layout(token_BxL: Array, mask_BxL: Array) -> Layout:
         segment_BxL=mask_BxL.astype(jnp.int32),
         prefix_BxL=jnp.zeros(token_BxL.shape, jnp.int32),
     )
+
+
+def first_fit(size_n: Sequence[int], capacity: int, max_rows: int | None = None) -> list[list[int]]:
+    """First-fit bin packing: each item, in order, goes to the first row with room.
+
+    Returns the items of each row. With ``max_rows`` the packing stops before the first item that
+    finds no room; later items are then in no row. ValueError where an item exceeds ``capacity``.
+    """
+    rows: list[list[int]] = []
+    room = np.zeros(max(1, len(size_n)), np.int64)
+    for item, size in enumerate(size_n):
+        if size > capacity:
+            raise ValueError(f"size_n[{item}] is {size}, more than the capacity {capacity}")
+        fits = room[: len(rows)] >= size
+        row = int(fits.argmax()) if fits.any() else len(rows)
+        if row == len(rows):
+            if max_rows is not None and row == max_rows:
+                return rows
+            rows.append([])
+            room[row] = capacity
+        rows[row].append(item)
+        room[row] -= size
+    return rows
 
 
 def predecessor(layout: Layout) -> tuple[Array, Array]:

@@ -361,7 +361,7 @@ class PpoConfig:
     minibatch_size: int = 64
     """Episodes of one update."""
     packed: bool = True
-    """Several episodes in a row for scoring and updates, none seeing another; false pads each to its own row."""
+    """Several episodes in a row for scoring, updates and evaluation, none seeing another; false pads each to its own row."""
     inner_epochs: int = 1
     """Passes over the episodes of an iteration (Ziegler: 4)."""
     policy_optimizer: OptimizerConfig = field(
@@ -427,7 +427,7 @@ class PpoConfig:
     ptx_row_length: int = 2048
     """Tokens of a pretraining row."""
     ptx_loss: Literal["mean", "sum"] = "mean"
-    """Mean over tokens, or sum over a row and mean over rows. The paper does not say; see docs on what gamma means under both."""
+    """Mean over tokens, or sum over a row and mean over rows. The paper does not say; docs/gamma.md says what gamma means under both."""
     ptx_at_zero: Literal["measure", "skip"] = "measure"
     """At gamma = 0 the pretraining loss is still measured, or not."""
     old_logp_from: Literal["rescore", "sampler"] = "rescore"

@@ -13,9 +13,9 @@ from typing import Literal
 
 import numpy as np
 
-from instructax.batches import Layout, LmBatch
+from instructax.batches import Layout, LmBatch, first_fit
 from instructax.config import UserError
-from instructax.data.pipeline import PlannedUnits, SingleUnits, Stream, Unit, derive_seed, first_fit
+from instructax.data.pipeline import PlannedUnits, SingleUnits, Stream, Unit, derive_seed
 from instructax.data.templates import ChatTemplate, encode_prompt, encode_response
 from instructax.data.tokenizer import Tokenizer
 from instructax.records import Record

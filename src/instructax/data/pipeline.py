@@ -192,29 +192,6 @@ class InOrder(Generic[BatchT]):
         return self._record_index_n[[j for unit in self._slice(i) for j in unit]]
 
 
-def first_fit(size_n: Sequence[int], capacity: int, max_rows: int | None = None) -> list[list[int]]:
-    """First-fit bin packing: each item, in order, goes to the first row with room.
-
-    Returns the items of each row. With ``max_rows`` the packing stops before the first item that
-    finds no room; later items are then in no row. ValueError where an item exceeds ``capacity``.
-    """
-    rows: list[list[int]] = []
-    room = np.zeros(max(1, len(size_n)), np.int64)
-    for item, size in enumerate(size_n):
-        if size > capacity:
-            raise ValueError(f"size_n[{item}] is {size}, more than the capacity {capacity}")
-        fits = room[: len(rows)] >= size
-        row = int(fits.argmax()) if fits.any() else len(rows)
-        if row == len(rows):
-            if max_rows is not None and row == max_rows:
-                return rows
-            rows.append([])
-            room[row] = capacity
-        rows[row].append(item)
-        room[row] -= size
-    return rows
-
-
 def prefetch(
     stream: Callable[[int], BatchT], start: int, stop: int | None = None, depth: int = 2
 ) -> Generator[BatchT, None, None]:

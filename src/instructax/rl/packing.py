@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instructax.batches import Layout, Rollout
+from instructax.batches import Layout, Rollout, first_fit
 from instructax.partitioning import constrain
 
 Array = Any
@@ -49,15 +49,16 @@ def packed_rows(
         raise ValueError(f"order_UxM has {size} episodes a group, not a multiple of {shards}")
     if (start_B < 0).any() or (length_B < 0).any() or (start_B + length_B > width).any():
         raise ValueError(f"start_B and length_B must lie within rows of {width} slots")
-    plans = [_first_fit(order_M[length_B[order_M].argsort()[::-1]], length_B, width) for order_M in order_UxM]  # fmt: skip
-    needed = max(len(rows) for rows in plans)
+    longest_first_UxM = [order_M[length_B[order_M].argsort()[::-1]] for order_M in order_UxM]
+    plans = [first_fit(length_B[order_M].tolist(), width) for order_M in longest_first_UxM]
+    needed = max(map(len, plans))
     step = -(-size // PARTS // shards) * shards if size >= PARTS * shards else shards
     rows = min(size, -(-needed // step) * step)
     source_UxRxL = np.full((groups, rows, width), -1, np.int32)
-    for group, plan in enumerate(plans):
-        for row, episodes in enumerate(plan):
+    for group, (order_M, plan) in enumerate(zip(longest_first_UxM, plans, strict=True)):
+        for row, members in enumerate(plan):
             slot = 0
-            for episode in episodes:
+            for episode in order_M[members]:
                 first, length = episode * width + start_B[episode], length_B[episode]
                 source_UxRxL[group, row, slot : slot + length] = np.arange(first, first + length)
                 slot += length
@@ -85,21 +86,6 @@ def episode_rows(
         prompt_slots + slots,
         shards,
     )
-
-
-def _first_fit(order: np.ndarray, length_B: np.ndarray, width: int) -> list[list[int]]:
-    """Rows of episodes: each episode goes to the first row that has room."""
-    rows: list[list[int]] = []
-    free: list[int] = []
-    for episode in order.tolist():
-        need = int(length_B[episode])
-        row = next((i for i, room in enumerate(free) if room >= need), len(rows))
-        if row == len(rows):
-            rows.append([])
-            free.append(width)
-        rows[row].append(episode)
-        free[row] -= need
-    return rows
 
 
 def take(x_BxL: Array, source_RxL: Array) -> Array:

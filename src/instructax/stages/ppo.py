@@ -21,7 +21,6 @@ from instructax.batches import LmBatch
 from instructax.config import Config, UserError
 from instructax.data import pretraining, prompts
 from instructax.data.pipeline import derive_seed, prefetch
-from instructax.models import functional as model
 from instructax.records import prompt_text
 from instructax.rl.packing import episode_rows
 from instructax.runtime import mesh
@@ -70,11 +69,7 @@ def _train(run: Run, arm: str) -> None:
         scale = _reward_scale(run, folder, reference, reward)
 
         def fresh(policy: Params, value: Params) -> PpoState:
-            # Value starts from the reward model as the rewards will be: gain and bias included. In the
-            # control it starts from 0: else GAE would hand on through it what the scores no longer say.
-            informed = c.score_control == "none"
-            head = jax.tree.map(lambda x: x * scale["gain"] * informed, value["value_head"])
-            value = model.shift_scalars(value | {"value_head": head}, scale["bias"] * informed)
+            value = ppo_steps.value_from_reward(value, c, scale["gain"], scale["bias"])
             return PpoState(
                 policy=create(policy, policy_optimizer),
                 value=create(value, value_optimizer),

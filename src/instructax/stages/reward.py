@@ -100,9 +100,9 @@ def marks(total: int, count: int) -> set[int]:
     return {math.ceil(total * i / count) for i in range(1, count + 1)}
 
 
-def _examples(run: Run, records):
+def _examples(run: Run, name: str, records):
     config = run.config
-    return comparisons.tokenise(
+    examples = comparisons.tokenise(
         records,
         run.tokenizer,
         max_prompt_tokens=config.data.max_prompt_tokens,
@@ -110,13 +110,14 @@ def _examples(run: Run, records):
         max_slots=config.reward.row_length,
         chat_template=config.data.chat_template,
     )
+    if any(examples.dropped.values()):
+        print(f"reward: {len(examples)} {name}, left out: {examples.dropped}")
+    return examples
 
 
 def _stream(run: Run, name: str, *, seed: int):
     c = run.config.reward
-    examples = _examples(run, data.records(run.config, name))
-    if any(examples.dropped.values()):
-        print(f"reward: {len(examples)} comparisons, left out: {examples.dropped}")
+    examples = _examples(run, name, data.records(run.config, name))
     return comparisons.stream(
         examples,
         batch_size=c.batch_size,
@@ -256,7 +257,8 @@ class DemonstrationMean:
             | {"responses": [record["response"]], "ranks": [0]}
             for record in data.records(self._run.config, "demonstrations")
         ]
-        c, examples = self._run.config.reward, _examples(self._run, as_rankings)
+        c = self._run.config.reward
+        examples = _examples(self._run, "demonstrations", as_rankings)
         # Packed into about as many rows as a batch of rankings has: a prompt comes with one response.
         prompts = c.batch_size * 4
         stream = comparisons.stream(

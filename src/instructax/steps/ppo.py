@@ -30,6 +30,18 @@ Array = Any
 Params = Any
 
 
+def value_from_reward(reward: Params, config: PpoConfig, gain: float, bias: float) -> Params:
+    """The value network's start: the reward model, its scalars as the rewards will be, gain * r + bias (trap T4).
+
+    In the control it predicts 0 at first: from the reward model GAE would hand on what shuffled scores no
+    longer say.
+    """
+    if config.score_control != "none":
+        gain, bias = 0.0, 0.0
+    head = jax.tree.map(lambda x: x * gain, reward["value_head"])
+    return model.shift_scalars(reward | {"value_head": head}, bias)
+
+
 def policy_loss(
     params: Params, model_config: ModelConfig, config: PpoConfig, minibatch: Rollout
 ) -> tuple[Array, dict[str, Array]]:
