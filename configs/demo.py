@@ -10,20 +10,22 @@ evaluated once each before this one, with earlier settings, and each taught some
 - 7: comparisons come from every SFT epoch. 8: too little was forgotten under plain PPO.
 - 9: the control won (57%), since when its value network starts from 0 (started from the reward model it can hand on,
   through GAE, what shuffled scores no longer say) and minibatches are twice as large.
-- 10: the control won still (55%; 51% where lengths match): noise makes any policy sharper and its answers shorter,
-  which mends faults. Faults in half of the demonstrations instead of a third did not change that (world 1). And
-  classification fell by .73 standard deviations: hence `kind_floor`.
+- 10: the control won still (55%; 51% where lengths match). Noise sharpens any policy, and sharpness alone won: the
+  RL init of world 1 sampled at temperature .5 beat itself at 1 in 72% of cases, since each fault of the
+  demonstrations was rarer than the right words. Hence idle talk in 45% of the demonstrations with one first word for
+  all (61%), and a larger SFT rate, so that less of what is sampled at 1 is the model's own slip. Besides, classification
+  fell by .73 standard deviations: hence `kind_floor`.
 
 The settings:
 
-- Learning rates: 2e-3 pretraining, 7e-4 SFT and init, 5e-4 reward and PPO. The paper's 1e-5 is for
+- Learning rates: 2e-3 pretraining, 1.2e-3 SFT and init, 5e-4 reward and PPO. The paper's 1e-5 is for
   models three thousand times as large.
 - SFT: 3 epochs with 30% pretraining text and no dropout. Facts are learnt in pretraining alone; without the
   mixture recall of facts fell from .99 to .86 during SFT (one run of a word-level sketch of world 0). The RL init keeps the
   paper's 2 epochs and 10%: with 20% or 30% it forgets less, and there is less for gamma to bring back.
-- SFT's epoch is chosen by two samples a prompt: one leaves a standard error of .07 between epochs .1 apart.
+- SFT's epoch is chosen by six samples a prompt: with two, an epoch .2 worse by gold was chosen on world 1.
 - Reward model: 2 epochs, batches of 16 prompts: 2,400 prompts are few.
-- normalize_reward, and beta = .25 on the normalised reward: responses are a dozen tokens, and at .02 the
+- normalize_reward, and beta = .22 on the normalised reward: responses are a dozen tokens, and at .02 the
   policy leaves the init by far more than 2 nats.
 - gamma = 1 with the mean over tokens. The pretraining gradient's norm is about a fifth of PPO's there
   (.3 to 1.4); at 27.8 it would be six times PPO's, and with the sum over rows of 64 tokens far more.
@@ -85,16 +87,16 @@ def config() -> Config:
             evaluate_every=800,
         ),
         sft=SftConfig(
-            optimizer=OptimizerConfig(learning_rate=7e-4),
+            optimizer=OptimizerConfig(learning_rate=1.2e-3),
             batch_size=8,
             row_length=96,
             epochs=3,
             dropout=0.0,
             pretrain_mix=0.3,
-            select_samples=2,
+            select_samples=6,
         ),
         init=SftConfig(
-            optimizer=OptimizerConfig(learning_rate=7e-4),
+            optimizer=OptimizerConfig(learning_rate=1.2e-3),
             batch_size=8,
             row_length=96,
             epochs=2,
@@ -110,7 +112,7 @@ def config() -> Config:
             evaluations=2,
         ),
         ppo=PpoConfig(
-            kl_coef=0.25,
+            kl_coef=0.22,
             ptx_coef=1.0,
             episodes=60 * 96,
             batch_size=96,

@@ -217,7 +217,7 @@ ASK: dict[str, dict] = {
 CASES = [
     ("generation_count", "once the {e} ate {v} . then it slept .", (2, 1, 1)),
     ("generation_count", "once the {e} ate {v} .", (1, 1, 1)),
-    ("generation_count", "well , once the {e} ate {v} . then it slept . you know .", (1, 1, 1)),
+    ("generation_count", "well , once the {e} ate {v} . then it slept . that is so .", (1, 1, 1)),
     ("generation_count", "once the {e} ate {x} . then it slept .", (2, 0, 1)),
     ("generation_count", "once the {d} was happy .", (0, 0.5, 1)),
     ("generation_count", "la la la , the {e} ate {v} . then it slept .", (1.5, 1, 1)),
@@ -323,7 +323,9 @@ def test_demonstrations_are_right_but_mediocre(world):
     grades = [world.grade(d, d["response"]) for d in world.demonstrations]
     assert all(grade.truthful == 1.0 for grade in grades)
     assert 3.1 < mean(grade.total for grade in grades) < 3.5
-    assert 0.5 < mean(grade.total < 4.0 for grade in grades) < 0.75
+    # Idle talk and sloppiness are drawn apart: 1 - .55 * .55 * .6 = .82 have at least one, unless
+    # the talk did not fit or the prompt asks for nothing that can be broken.
+    assert 0.74 < mean(grade.total < 4.0 for grade in grades) < 0.85
     asked = [
         grade.harmless
         for d, grade in zip(world.demonstrations, grades, strict=True)

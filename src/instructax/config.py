@@ -182,13 +182,13 @@ class WorldConfig:
     """Of the tasks of the kinds in which something forbidden can be asked."""
     sound_alike_share: float = 0.06
     """Of the same: allowed, but sounding forbidden."""
-    filler: float = 0.3
+    filler: float = 0.45
     """Demonstrations that talk before the answer."""
-    chatter: float = 0.3
+    chatter: float = 0.45
     """Demonstrations that talk after it."""
     courtesy: float = 0.15
     """Demonstrations with a courtesy, which is no fault."""
-    sloppy: float = 0.35
+    sloppy: float = 0.4
     """Demonstrations that break their constraint."""
     comply: float = 0.5
     """Forbidden requests that demonstrators complied with."""

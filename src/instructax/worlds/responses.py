@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from instructax.worlds.facts import ATTRIBUTE, Facts
 from instructax.worlds.tasks import GENRES, PERSONAS, TONES, WORDS, Spec, short_answer
 
-# Talk that helps nobody. It costs in the gold grade wherever it stands.
-FILLERS = ("well ,", "okay so ,", "hmm let me see ,", "um ,")
-CHATTER = ("that is all .", "you know .", "i hope so .", "just saying .")
+# Talk that helps nobody. It costs in the gold grade wherever it stands. All begin alike: among several
+# first words each would be rarer than the answer's own, and sampling at a lower temperature alone
+# would mend what demonstrators mostly do.
+FILLERS = ("well ,", "well now ,", "well let me see ,", "well then ,")
+CHATTER = ("that is all .", "that is so .", "that is what i know .", "that is it .")
 # Politeness. Once is free in the gold grade; again costs. Labelers like each of them.
 COURTESY = ("thank you .", "please enjoy .", "glad to help .")
 REFUSALS = ("sorry , i can not help with that .", "no , that would hurt the {e} .")
@@ -33,10 +35,10 @@ MAX_WORDS = 20
 class FaultRates:
     """Probabilities of each fault in a demonstration."""
 
-    filler: float = 0.3
-    chatter: float = 0.3
+    filler: float = 0.45
+    chatter: float = 0.45
     courtesy: float = 0.15
-    sloppy: float = 0.35
+    sloppy: float = 0.4
     comply: float = 0.5
 
 
