@@ -25,7 +25,7 @@ The settings:
   paper's 2 epochs and 10%: with 20% or 30% it forgets less, and there is less for gamma to bring back.
 - SFT's epoch is chosen by six samples a prompt: with two, an epoch .2 worse by gold was chosen on world 1.
 - Reward model: 2 epochs, batches of 16 prompts: 2,400 prompts are few.
-- normalize_reward, and beta = .22 on the normalised reward: responses are a dozen tokens, and at .02 the
+- normalize_reward, and beta = .27 on the normalised reward: responses are a dozen tokens, and at .02 the
   policy leaves the init by far more than 2 nats.
 - gamma = 1 with the mean over tokens. The pretraining gradient's norm is about a fifth of PPO's there
   (.3 to 1.4); at 27.8 it would be six times PPO's, and with the sum over rows of 64 tokens far more.
@@ -112,7 +112,7 @@ def config() -> Config:
             evaluations=2,
         ),
         ppo=PpoConfig(
-            kl_coef=0.22,
+            kl_coef=0.27,
             ptx_coef=1.0,
             episodes=60 * 96,
             batch_size=96,
