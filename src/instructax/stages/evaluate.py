@@ -15,6 +15,7 @@ import numpy as np
 
 from instructax.config import Config
 from instructax.records import prompt_text
+from instructax.runtime.distributed import on_main
 from instructax.stages import data
 from instructax.stages.context import Run, load_params, open_run, write_json
 from instructax.stages.pretrain import held_out_nll
@@ -55,7 +56,7 @@ def _evaluate(run: Run) -> dict[str, Any]:
 
     samples: dict[str, list[Sample]] = {}
     nll_by_topic: dict[str, dict[str, float]] = {}
-    if nll is not None and (run.folder / "pretrain").is_dir():
+    if nll is not None and on_main((run.folder / "pretrain").is_dir):
         nll_by_topic["base"] = nll(load_params(run, "pretrain", config.model, "lm"))
     for name in c.policies:
         params = _policy(run, name)
@@ -66,7 +67,7 @@ def _evaluate(run: Run) -> dict[str, Any]:
             nll_by_topic[name] = nll(params)
     if c.best_of > 1:
         params = _policy(run, BASELINE)
-        samples["best_of_n"] = _best_of(run, sampler, params, reward, reference, c.best_of)
+        samples["best_of_n"] = _best_of(run, sampler, params, reward, c.best_of)
 
     gold = {name: _gold(grade, sampler.records, s) for name, s in samples.items()} if grade else {}
     judged = {
@@ -82,7 +83,11 @@ def _evaluate(run: Run) -> dict[str, Any]:
         "gold": {name: {k: float(v.mean()) for k, v in g.items()} for name, g in gold.items()}
         | _demonstration_gold(config, grade),
         "by_kind": {name: _by_kind(sampler.records, values) for name, values in judged.items()},
-        "kl": {name: float(np.mean([s.kl for s in rows])) for name, rows in samples.items()},
+        "kl": {
+            name: float(np.mean([s.kl for s in rows]))
+            for name, rows in samples.items()
+            if name != "best_of_n"
+        },
         "score": {name: float(np.mean([s.score for s in rows])) for name, rows in samples.items()},
         "length": {
             name: float(np.mean([s.tokens for s in rows])) for name, rows in samples.items()
@@ -96,7 +101,7 @@ def _evaluate(run: Run) -> dict[str, Any]:
             for name in judged
             if name != BASELINE and BASELINE in judged
         },
-        "trajectories": _trajectories(run, grade),
+        "trajectories": on_main(lambda: _trajectories(run, grade)),
         "samples": _side_by_side(sampler.records, samples, gold),
     }
 
@@ -114,23 +119,23 @@ def _trajectories(run: Run, grade) -> list[dict[str, Any]]:
 
 def _policy(run: Run, name: str) -> Params:
     """The weights that are judged: a PPO arm's average or its raw parameters."""
-    is_arm = (run.folder / name / "checkpoints").is_dir() and name not in (
-        "sft",
-        "init",
-        "pretrain",
+    is_arm = name not in ("sft", "init", "pretrain") and on_main(
+        (run.folder / name / "checkpoints").is_dir
     )
     item = "ema" if is_arm and run.config.evaluate.use_ema else "params"
     return load_params(run, name, run.config.model, "lm", item=item)
 
 
-def _best_of(run: Run, sampler: Sampler, params, reward, reference, n: int) -> list[Sample]:
-    """The highest-scoring of n samples a prompt: the baseline without RL."""
+def _best_of(run: Run, sampler: Sampler, params, reward, n: int) -> list[Sample]:
+    """The highest-scoring of n samples a prompt: the baseline without RL.
+
+    Without a KL: log-ratios of the chosen are no sample of the chooser's KL, which is at most
+    log n - (n - 1) / n.
+    """
     best: list[Sample] = []
     key = run.key("evaluate/best_of_n")
     for k in range(n):
-        drawn = sampler.sample(
-            params, jax.random.fold_in(key, k), reward=reward, reference=reference
-        )
+        drawn = sampler.sample(params, jax.random.fold_in(key, k), reward=reward)
         best = drawn if not best else [
             b if b.score >= d.score else d for b, d in zip(best, drawn, strict=True)
         ]  # fmt: skip

@@ -89,8 +89,13 @@ def policy_gradients(
     ptx_batch: LmBatch,
 ) -> tuple[Params, dict[str, Array]]:
     """rl_coef * grad(PPO loss) + gamma * grad(ptx loss), with both norms and their cosine."""
-    grads, policy = jax.grad(policy_loss, has_aux=True)(params, model_config, config, minibatch)
-    if config.rl_coef != 1.0:
+    if config.rl_coef == 0.0:
+        # The gradient would be multiplied by 0; the loss is measured all the same, for the figures.
+        policy = policy_loss(params, model_config, config, minibatch)[1]
+        grads = jax.tree.map(jnp.zeros_like, params)
+    else:
+        grads, policy = jax.grad(policy_loss, has_aux=True)(params, model_config, config, minibatch)
+    if config.rl_coef not in (0.0, 1.0):
         grads = jax.tree.map(lambda g: config.rl_coef * g, grads)
     metrics = {
         "ppo/loss/policy": policy["loss"],
