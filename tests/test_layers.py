@@ -23,6 +23,7 @@ PACKAGES = {
     "runtime": VOCABULARY | SETTINGS | {"steps.state"},
     "interop": VOCABULARY | {"models"},
     "report": VOCABULARY | SETTINGS,
+    "plan": VOCABULARY | SETTINGS | {"models", "steps", "runtime", "stages"},
     "stages": VOCABULARY
     | SETTINGS
     | {"models", "losses", "rl", "data", "worlds", "steps", "runtime", "interop", "report"},

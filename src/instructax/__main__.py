@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -26,8 +27,25 @@ VERBS: dict[str, tuple[str, dict[str, Any], str]] = {
     "sample": ("stages.sample", {}, "responses to prompts, ready to be ranked"),
     "evaluate": ("stages.evaluate", {}, "win rates, gold scores and the alignment tax"),
     "report": ("report.page", {}, "one page of plots and samples from a run's folder"),
+    "plan": (
+        "plan.command",
+        {},
+        "memory, time and traffic on chips not there (--topology v5p:8x8x8)",
+    ),
 }
 """Verb -> module whose ``run(config, ...)`` does it, further arguments, and a line of help."""
+
+OPTIONS: dict[str, dict[str, str]] = {
+    "plan": {
+        "topology": "v5p:8x8x8, v6e:16x16, or local",
+        "only": "ppo/update",
+        "output": "plan.json",
+    },
+}
+"""Verb -> what it takes besides a config's fields, each with an example."""
+
+OF_MAIN = ("report",)
+"""Verbs that need no other process and know of none."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,28 +76,53 @@ def _main(arguments: list[str]) -> None:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"verbs are {', '.join(VERBS)}"
         raise UserError(f"no verb {verb!r}; {hint}")
-    file, rest = _config_file(rest)
+    file, rest = _option(rest, "config", "configs/demo.py")
+    given: dict[str, Any] = {}
+    for name, example in OPTIONS.get(verb, {}).items():
+        value, rest = _option(rest, name, example)
+        given |= {} if value is None else {name: value}
     default = Config() if file is None else load_config(file)
     config = parse(rest, default, prog=f"instructax {verb} [--config FILE]")
-    validate(config, verb)
+    # A plan is for machines where the files need not be.
+    validate(config, None if verb == "plan" else verb)
     module, more, _ = VERBS[verb]
-    importlib.import_module(f"instructax.{module}").run(config, **more)
+    stage = importlib.import_module(f"instructax.{module}")
+    if verb == "plan":
+        stage.run(config, **more, **given)
+        return
+    from instructax.runtime.distributed import is_main, join, on_main
+
+    join(config)
+    with contextlib.nullcontext() if is_main() else contextlib.redirect_stdout(_Nowhere()):
+        if verb in OF_MAIN:
+            on_main(lambda: bool(stage.run(config, **more)))
+        else:
+            stage.run(config, **more)
 
 
-def _config_file(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """The value of --config, and everything else."""
-    file, rest, tokens = None, [], iter(arguments)
+class _Nowhere(io.TextIOBase):
+    """What the processes beside the main one say; their errors they do say."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+def _option(arguments: list[str], name: str, example: str) -> tuple[str | None, list[str]]:
+    """The value of --name, and everything else."""
+    found, rest, tokens = None, [], iter(arguments)
     for token in tokens:
         flag, equals, value = token.partition("=")
-        if flag != "--config":
+        if flag != f"--{name}":
             rest.append(token)
             continue
-        if file is not None:
-            raise UserError("--config: is given twice; give one file, and overrides as flags")
-        file = value if equals else next(tokens, "")
-        if not file or file.startswith("--"):
-            raise UserError("--config: names no file; write --config configs/demo.py")
-    return file, rest
+        if found is not None:
+            hint = "one file, and overrides as flags" if name == "config" else "one value"
+            raise UserError(f"--{name}: is given twice; give {hint}")
+        found = value if equals else next(tokens, "")
+        if not found or found.startswith("--"):
+            what = "file" if name == "config" else "value"
+            raise UserError(f"--{name}: names no {what}; write --{name} {example}")
+    return found, rest
 
 
 def _help() -> str:

@@ -1,0 +1,146 @@
+"""InstructGPT 1.3B with a 6B reward model and value network: the paper's recipe (Ouyang et al. 2022, appendix C).
+
+    instructax run --config configs/instructgpt_1b3.py
+
+Planned for 16 v5p chips (`instructax plan --config configs/instructgpt_1b3.py --topology v5p:2x2x4`, docs/plan.md), never run:
+
+- Largest program `ppo/update`: 55.0 of 95 GiB a chip, of which 46.7 are activations: attention stores its scores. On 8
+  chips it would need 104.3 GiB. On v6e not planned yet; try v6e:4x8.
+- PPO, an iteration of 512 episodes at full length: 118 s (prefill .9, decode 31.2, score 15.8, update 70.4); the update at
+  25.1% MFU, decoding at 12% of its bandwidth bound, since every token gathers the weights; 500 iterations: 16.4 hours.
+- 0.97 PF/s-days of the model's FLOPs.
+- SFT, reward model and evaluation: not planned yet.
+
+Where the paper is silent: reward rows of 2,048 slots (a prompt whose responses need more is left out and counted), bands of 256
+positions in every second layer, lambda .95, value clip .2, no whitening of rewards, no clip of gradients. Weights, tokenizer and data
+are named below and not part of this repository.
+"""
+
+from instructax.config import (
+    Arm,
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PpoConfig,
+    RewardConfig,
+    SampleConfig,
+    SftConfig,
+    TokenizerConfig,
+    replace,
+)
+from instructax.models.presets import PRESETS
+
+
+def network(name: str) -> ModelConfig:
+    """A row of GPT-3's table. The paper computes in float16; bfloat16 needs no scaling of the loss."""
+    return replace(PRESETS[name], compute_dtype="bfloat16", vocab_multiple=1024)
+
+
+def recipe(
+    name: str,
+    *,
+    policy: str,
+    mesh: MeshConfig,
+    sft: tuple[float, int],
+    init: tuple[float, int],
+    policy_rate: float,
+    value_rate: float,
+) -> Config:
+    """Every setting of the paper; learning rates and (SFT, init) batches differ by size."""
+
+    def ppo_rate(peak: float) -> OptimizerConfig:
+        # Constant after 10 iterations of warm-up, 8 updates each, from a tenth of the peak.
+        return OptimizerConfig(
+            learning_rate=peak,
+            schedule="constant",
+            warmup_steps=80,
+            warmup_from=0.1,
+            max_grad_norm=None,
+        )
+
+    def cosine(peak: float) -> OptimizerConfig:
+        return OptimizerConfig(learning_rate=peak, final_fraction=0.1, max_grad_norm=None)
+
+    weights = f"weights/{policy}.safetensors"
+    return Config(
+        name=name,
+        mesh=mesh,
+        tokenizer=TokenizerConfig(path="weights/tokenizer.model", vocab_size=50257),
+        data=DataConfig(
+            pretrain=("data/pretrain/*.jsonl",),
+            pretrain_validation=("data/pretrain_validation.jsonl",),
+            demonstrations=("data/demonstrations.jsonl",),
+            comparisons=("data/comparisons.jsonl",),
+            prompts=("data/prompts.jsonl",),
+            prompts_validation=("data/prompts_validation.jsonl",),
+            prompts_evaluation=("data/prompts_evaluation.jsonl",),
+            max_prompt_tokens=1024,
+            max_response_tokens=1024,
+        ),
+        model=network(policy),
+        sft=SftConfig(
+            optimizer=cosine(sft[0]),
+            batch_size=sft[1],
+            row_length=2048,
+            epochs=16,
+            dropout=0.2,
+            init_from=weights,
+        ),
+        reward=RewardConfig(
+            # One 6B reward model for every policy, from GPT-3 fine-tuned on public NLP tasks.
+            model=network("gpt3-6.7b"),
+            optimizer=cosine(9e-6),
+            batch_size=64,
+            row_length=2048,
+            epochs=1,
+            max_responses=9,
+            init_from="weights/gpt3-6.7b-nlp.safetensors",
+        ),
+        init=SftConfig(
+            optimizer=cosine(init[0]),
+            batch_size=init[1],
+            row_length=2048,
+            epochs=2,
+            dropout=0.2,
+            pretrain_mix=0.1,
+            select_by="last",
+            init_from=weights,
+        ),
+        ppo=PpoConfig(
+            kl_coef=0.02,
+            ptx_coef=27.8,
+            episodes=256_000,
+            batch_size=512,
+            minibatch_size=64,
+            inner_epochs=1,
+            policy_optimizer=ppo_rate(policy_rate),
+            value_optimizer=ppo_rate(value_rate),
+            clip_range=0.2,
+            ema_decay=0.992,
+            ptx_examples_per_episode=8,
+            ptx_row_length=2048,
+            prompt_length=1024,
+            response_length=1024,
+            # Responses to the same prompts over time; rows of a mesh divide them.
+            log_prompts=64,
+        ),
+        arms=(Arm("ppo_ptx"),),
+        sample=SampleConfig(batch_size=64),
+        evaluate=EvaluateConfig(policies=("sft", "init", "ppo_ptx"), batch_size=64),
+    )
+
+
+def config() -> Config:
+    return recipe(
+        "instructgpt_1b3",
+        policy="gpt3-1.3b",
+        mesh=MeshConfig(data=1, fsdp=-1, model=1),
+        sft=(9.65e-6, 32),
+        init=(5e-6, 32),
+        # The final value is not printed; without ptx every run above 8.05e-6 diverged.
+        policy_rate=8.05e-6,
+        value_rate=9e-6,
+    )

@@ -1,0 +1,216 @@
+"""The programs of PPO, and of sampling and scoring outside it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from instructax.batches import Layout, LmBatch, Rollout
+from instructax.config import ModelConfig, replace
+from instructax.models import functional as model
+from instructax.plan import model_flops
+from instructax.plan.memory import shard_bytes
+from instructax.plan.program import Program, Shapes, shardings
+from instructax.runtime import mesh as mesh_lib
+from instructax.steps import ppo as ppo_steps
+from instructax.steps.optimizer import make_optimizer
+from instructax.steps.rollout import response_scores, sample_responses, score_rollout
+from instructax.steps.state import PpoState
+
+EOS, PAD = 1, 0  # which ids they are changes no program
+
+
+class Reinforcement(Shapes):
+    """Four networks of two architectures, and a sampler."""
+
+    def ppo(self, name: str) -> Iterator[Program]:
+        c, m, r = self.config.ppo, self.config.model, self.reward_model
+        policy_optimizer = make_optimizer(c.policy_optimizer, 1000)
+        value_optimizer = make_optimizer(c.value_optimizer, 1000)
+        policy = self.state(m, "lm", policy_optimizer)
+        value = self.state(r, "scalar", value_optimizer)
+        scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=self.whole)
+        count = jax.ShapeDtypeStruct((), jnp.int32, sharding=self.whole)
+        state = PpoState(policy, value, policy.params, scalar, count)
+        reference, reward = policy.params, value.params
+        state_bytes = {
+            "params": shard_bytes((policy.params, value.params)),
+            "optimizer": shard_bytes((policy.opt_state, value.opt_state)),
+            "ema": shard_bytes(state.ema),
+        }
+        frozen = {"frozen": shard_bytes((reference, reward))}
+        everything = state_bytes | frozen
+
+        def beside(passed: dict[str, float]) -> dict[str, float]:
+            return {kind: size - passed.get(kind, 0.0) for kind, size in everything.items()}
+
+        yield self._copy(name, policy.params, beside({"params": shard_bytes(policy.params)}))
+        sampling = functools.partial(
+            self._sampling, f"{name}/sample", rows_of="ppo.batch_size", rows=c.batch_size
+        )
+        yield sampling(m, beside({"params": shard_bytes(policy.params)}), c.temperature)
+
+        width, rows = c.prompt_length + c.response_length, c.batch_size
+        tokens = rows * width
+        passed = {"params": state_bytes["params"]} | frozen
+        source = self.sources(rows, width) if c.packed else None
+        arguments = (
+            policy.params, reference, value.params, reward, self.prompts("ppo.batch_size", rows),
+            self.responses("ppo.batch_size", rows), scalar, self.key(), source,
+        )  # fmt: skip
+        score = functools.partial(
+            score_rollout, config=c, model_config=m, reward_config=r, eos_id=EOS
+        )
+        yield Program(
+            f"{name}/score",
+            jax.jit(score),
+            arguments,
+            passed=passed,
+            held=beside(passed),
+            model_flops=2 * model_flops.forward(m, tokens, width)
+            + 2 * model_flops.forward(r, tokens, width, unembedded=0.0),
+        )
+
+        with jax.set_mesh(self.mesh):
+            rollout, _, _ = jax.eval_shape(score, *arguments)
+        rollout = Rollout(
+            self.layout("ppo.batch_size", rows, width),
+            *(
+                self.of_rows("ppo.batch_size", x.shape, x.dtype)
+                for x in (
+                    rollout.mask_BxL, rollout.old_logp_BxL, rollout.old_value_BxL,
+                    rollout.advantage_BxL, rollout.return_BxL,
+                )
+            ),
+        )  # fmt: skip
+        updates = c.inner_epochs * rows // c.minibatch_size
+        texts = c.minibatch_size * c.ptx_examples_per_episode
+        self.text("ppo.minibatch_size * ppo.ptx_examples_per_episode", texts, 1)
+        self.of_rows("ppo.minibatch_size", (c.minibatch_size,), jnp.int32)
+        text = LmBatch(
+            Layout(*(self.sources(updates, texts, c.ptx_row_length) for _ in range(4))),
+            jax.ShapeDtypeStruct(
+                (updates, texts, c.ptx_row_length), jnp.float32, sharding=self.whole
+            ),
+        )
+        update = functools.partial(
+            ppo_steps.ppo_iteration,
+            config=c,
+            model_config=m,
+            reward_config=r,
+            policy_optimizer=policy_optimizer,
+            value_optimizer=value_optimizer,
+        )
+        trained = tokens * c.inner_epochs
+        read = updates * texts * c.ptx_row_length
+        flops = model_flops.train(m, trained, width)
+        flops += model_flops.train(r, trained, width, scalar=True)
+        if c.ptx_coef != 0.0:
+            flops += model_flops.train(m, read, c.ptx_row_length)
+        elif c.ptx_at_zero == "measure":
+            flops += model_flops.forward(m, read, c.ptx_row_length)
+        yield Program(
+            f"{name}/update",
+            jax.jit(update, donate_argnums=0, out_shardings=(shardings(state), None)),
+            (state, rollout, text, scalar, self.sources(updates, c.minibatch_size, width)),
+            passed=state_bytes,
+            held=frozen,
+            model_flops=flops,
+        )
+
+    def _copy(self, name: str, params: Any, held: dict[str, float]) -> Program:
+        """Part of sampling; on its own so that its time is known."""
+
+        def of(m: ModelConfig, params: Any) -> Program:
+            return Program(
+                f"{name}/rollout_copy",
+                jax.jit(functools.partial(model.rollout_copy, config=m)),
+                (params,),
+                passed={"params": shard_bytes(params)},
+                held=held,
+                layers=m.num_layers,
+                with_layers=lambda n: of(
+                    replace(m, num_layers=n), self.params(replace(m, num_layers=n), "lm")
+                ),
+            )
+
+        return of(self.config.model, params)
+
+    def _sampling(
+        self, name: str, m: ModelConfig, held: dict[str, float], temperature: float,
+        *, rows_of: str, rows: int,
+    ) -> Program:  # fmt: skip
+        c = self.config.ppo
+        prompts, slots = self.prompts(rows_of, rows), c.prompt_length + c.response_length
+        params = self.params(m, "lm")
+        sample = functools.partial(
+            sample_responses,
+            model_config=m,
+            response_length=c.response_length,
+            temperature=temperature,
+            eos_id=EOS,
+            pad_id=PAD,
+            # Their number counts, not which they are.
+            stop_ids=tuple(range(EOS + 1, EOS + 1 + len(c.stop_texts))),
+        )
+        parts = mesh_lib.shards(self.mesh)
+        tensor = self.mesh.shape["model"]
+        width = jnp.dtype(m.compute_dtype).itemsize
+        # Keys and values are of a row and a head, and lie where both do.
+        cache = 2.0 * m.num_layers * rows / parts * slots * m.kv_heads / tensor * m.head_width
+        copy = shard_bytes(params) * width / 4
+        decoded = rows * (c.response_length - 1)
+        mean_context = c.prompt_length + c.response_length / 2
+        flops = model_flops.forward(m, rows * c.prompt_length, c.prompt_length, unembedded=rows)
+        flops += model_flops.forward(m, decoded, mean_context)
+        # A chip reads its share of the weights, were they spread over all, and of the filled cache.
+        weights = (model_flops.matrix_parameters(m) + m.padded_vocab_size * m.d_model) * width
+        bound = (c.response_length - 1) * (
+            weights / self.mesh.size + cache * width * mean_context / slots
+        )
+        return Program(
+            name,
+            jax.jit(sample),
+            (params, self.key(), prompts),
+            passed={"params": shard_bytes(params)},
+            held=held,
+            made={"copy": copy, "cache": cache * width},
+            model_flops=flops,
+            unknown_trips=c.response_length - 1,
+            bandwidth_bound=bound,
+            layers=m.num_layers,
+            with_layers=lambda n: self._sampling(
+                name, replace(m, num_layers=n), held, temperature, rows_of=rows_of, rows=rows
+            ),
+        )
+
+    def evaluating(self) -> Iterator[Program]:
+        c, m, r = self.config.evaluate, self.config.model, self.reward_model
+        rows, ppo = c.batch_size, self.config.ppo
+        params, reward = self.params(m, "lm"), self.params(r, "scalar")
+        frozen = {"frozen": shard_bytes(reward)}
+        yield self._sampling(
+            "evaluate/sample", m, frozen, c.temperature, rows_of="evaluate.batch_size", rows=rows
+        )
+        width = ppo.prompt_length + ppo.response_length
+        batch = (
+            self.prompts("evaluate.batch_size", rows),
+            self.responses("evaluate.batch_size", rows),
+            self.sources(rows, width) if ppo.packed else None,
+        )
+
+        def score(reward, prompts, responses, source_RxL):
+            return response_scores(reward, r, prompts, responses, eos_id=EOS, source_RxL=source_RxL)
+
+        yield Program(
+            "evaluate/score",
+            jax.jit(score),
+            (reward, *batch),
+            passed=frozen,
+            held={"params": shard_bytes(params)},
+            model_flops=model_flops.forward(r, rows * width, width, unembedded=0.0),
+        )

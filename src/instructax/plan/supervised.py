@@ -1,0 +1,117 @@
+"""The programs of pretraining, SFT, the RL init and the reward model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from instructax.batches import ComparisonBatch
+from instructax.config import SftConfig, replace
+from instructax.models import functional as model
+from instructax.plan import model_flops
+from instructax.plan.memory import shard_bytes
+from instructax.plan.program import Program, Shapes, bytes_of, shardings
+from instructax.runtime import mesh as mesh_lib
+from instructax.steps.optimizer import make_optimizer
+from instructax.steps.reward import reward_step, scores
+from instructax.steps.sft import lm_loss, lm_step
+
+
+class Supervised(Shapes):
+    """One loss, one network."""
+
+    def pretraining(self) -> Iterator[Program]:
+        c, m = self.config.pretrain, self.config.model
+        params = self.params(m, "lm")
+        yield Program(
+            "pretrain/init",
+            jax.jit(
+                lambda: model.init(jax.random.key(0), m, "lm"), out_shardings=shardings(params)
+            ),
+            (),
+            passed={},
+        )
+        optimizer = make_optimizer(c.optimizer, c.steps)
+
+        def step(state, batch):
+            return lm_step(state, batch, None, model_config=m, optimizer=optimizer)
+
+        yield self._lm_training("pretrain", m, optimizer, step, c.batch_size, c.row_length)
+        yield self._lm_evaluation(
+            "pretrain", m, c.batch_size, c.row_length, self._moments(optimizer)
+        )
+
+    def fine_tuning(self, stage: str, c: SftConfig) -> Iterator[Program]:
+        m = replace(self.config.model, dropout=c.dropout)
+        # A cosine's length changes no program.
+        optimizer = make_optimizer(c.optimizer, 1000)
+
+        def step(state, batch):
+            key = jax.random.key(0) if c.dropout != 0.0 else None
+            return lm_step(state, batch, key, model_config=m, optimizer=optimizer)
+
+        yield self._lm_training(stage, m, optimizer, step, c.batch_size, c.row_length)
+        yield self._lm_evaluation(stage, m, c.batch_size, c.row_length, self._moments(optimizer))
+
+    def _lm_training(self, stage, m, optimizer, step, rows: int, length: int) -> Program:
+        state = self.state(m, "lm", optimizer)
+        return Program(
+            f"{stage}/step",
+            jax.jit(step, donate_argnums=0, out_shardings=(shardings(state), None)),
+            (state, self.text(f"{stage}.batch_size", rows, length)),
+            passed=bytes_of(state),
+            model_flops=model_flops.train(m, rows * length, length),
+        )
+
+    def _moments(self, optimizer: Any) -> float:
+        """Bytes a chip of the optimizer state of the policy, which stays where it is while a loss is measured."""
+        return bytes_of(self.state(self.config.model, "lm", optimizer))["optimizer"]
+
+    def _lm_evaluation(self, stage, m, rows: int, length: int, moments: float) -> Program:
+        params = self.params(m, "lm")
+        return Program(
+            f"{stage}/held_out_loss",
+            jax.jit(lambda params, batch: lm_loss(params, m, batch)[1]),
+            (params, self.text(f"{stage}.batch_size", rows, length)),
+            passed={"params": shard_bytes(params)},
+            held={"optimizer": moments},
+            model_flops=model_flops.forward(m, rows * length, length),
+        )
+
+    def rewarding(self) -> Iterator[Program]:
+        c, m = self.config.reward, self.reward_model
+        optimizer = make_optimizer(c.optimizer, 1000)
+        state = self.state(m, "scalar", optimizer)
+        parts = mesh_lib.shards(self.mesh)
+        # Packed into fewer rows where the data allows it; at most each prompt has a row of its own.
+        rows = -(-c.batch_size // parts) * parts if c.packed else c.batch_size
+        index = (c.batch_size, c.max_responses)
+        number = self.of_rows("reward.batch_size", index, jnp.int32)
+        valid = self.of_rows("reward.batch_size", index, jnp.bool_)
+        batch = ComparisonBatch(
+            self.layout("reward.batch_size", rows, c.row_length), number, number, number, valid
+        )
+
+        def step(state, batch):
+            key = jax.random.key(0) if c.dropout != 0.0 else None
+            return reward_step(state, batch, key, model_config=m, optimizer=optimizer, loss=c.loss)
+
+        tokens = rows * c.row_length
+        yield Program(
+            "reward/step",
+            jax.jit(step, donate_argnums=0, out_shardings=(shardings(state), None)),
+            (state, batch),
+            passed=bytes_of(state),
+            model_flops=model_flops.train(m, tokens, c.row_length, scalar=True),
+        )
+        yield Program(
+            "reward/scores",
+            jax.jit(lambda params, batch: scores(params, m, batch)),
+            (state.params, batch),
+            passed={"params": shard_bytes(state.params)},
+            held={"optimizer": bytes_of(state)["optimizer"]},
+            model_flops=model_flops.forward(m, tokens, c.row_length, unembedded=0.0),
+        )

@@ -1,0 +1,82 @@
+"""How many bytes of HBM an instruction of compiled text reads and writes."""
+
+from __future__ import annotations
+
+from instructax.plan.hlo import Computation, Instruction, Module
+
+_NO_TRAFFIC = (
+    "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id",
+    "replica-id", "opt-barrier", "iota",
+)  # fmt: skip
+_READS = ("dynamic-slice", "gather", "slice")
+
+
+def hbm_bytes(instruction: Instruction, within: Computation, module: Module) -> float:
+    """What an instruction reads from and writes to HBM; of what it only slices, the slices."""
+    opcode = instruction.opcode
+    if opcode in _NO_TRAFFIC or opcode.endswith("-done"):
+        return 0.0
+    if opcode in ("copy-start", "slice-start"):
+        return (
+            min(s.nbytes for s in instruction.shapes if s.nbytes > 4) if instruction.shapes else 0.0
+        )
+    written = float(sum(s.nbytes for s in instruction.shapes if not s.fast))
+    read = 0.0
+    fused = module.computations.get(instruction.attribute("calls") or "")
+    if opcode == "dynamic-update-slice":
+        update = within.instructions.get(instruction.operands[1])
+        return 2.0 * sum(s.nbytes for s in update.shapes) if update else 0.0
+    if opcode in _READS:
+        return 2.0 * written
+    for index, name in enumerate(instruction.operands):
+        operand = within.instructions.get(name)
+        if operand is None or any(s.fast for s in operand.shapes[:1]):
+            continue
+        whole = sum(s.nbytes for s in operand.shapes)
+        read += whole if fused is None else min(whole, _read_of_parameter(fused, index, whole))
+    if opcode == "fusion" and fused is not None:
+        written = _written(fused, written)
+    return read + written
+
+
+def _read_of_parameter(fused: Computation, index: int, whole: float) -> float:
+    """Bytes read of a fusion's operand: those of its slices where nothing else looks at it."""
+    parameter = next(
+        (
+            i
+            for i in fused.instructions.values()
+            if i.opcode == "parameter" and i.literal == str(index)
+        ),
+        None,
+    )
+    if parameter is None:
+        return whole
+    names, total = {parameter.name}, 0.0
+    for instruction in fused.instructions.values():
+        used = names & set(instruction.operands)
+        if not used:
+            continue
+        if instruction.opcode in ("bitcast", "reshape"):
+            names.add(instruction.name)
+        elif instruction.opcode in _READS and instruction.operands[0] in names:
+            total += sum(s.nbytes for s in instruction.shapes)
+        elif instruction.opcode == "dynamic-update-slice" and instruction.operands[0] in names:
+            continue  # updated in place
+        else:
+            return whole
+    return total
+
+
+def _written(fused: Computation, whole: float) -> float:
+    """Bytes a fusion writes: an update in place writes the update alone."""
+    results = [fused.root]
+    if fused.root.opcode == "tuple":
+        results = [fused.instructions[name] for name in fused.root.operands]
+    for result in results:
+        while result.opcode == "bitcast" and result.operands[0] in fused.instructions:
+            result = fused.instructions[result.operands[0]]
+        update = result.operands[1:2] if result.opcode == "dynamic-update-slice" else ()
+        for name in update:
+            part = sum(s.nbytes for s in fused.instructions[name].shapes)
+            whole -= sum(s.nbytes for s in result.shapes if not s.fast) - part
+    return max(0.0, whole)
