@@ -152,9 +152,16 @@ def saved(stage: Path, items: tuple[str, ...]) -> dict[str, np.ndarray]:
     step = max(int(p.name) for p in (stage / "checkpoints").iterdir() if p.name.isdigit())
     assert checkpoint.load_meta(stage / "checkpoints", step)
     arrays = {"step": np.asarray(step)}
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     for item in items:
+        where = stage / "checkpoints" / str(step) / item
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-            tree = reader.restore(stage / "checkpoints" / str(step) / item)
+            # On this device, whatever mesh it was saved from.
+            target = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+                reader.metadata(where).item_metadata.tree,
+            )
+            tree = reader.restore(where, args=ocp.args.StandardRestore(target))
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             arrays[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
     return arrays

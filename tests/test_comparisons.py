@@ -132,6 +132,23 @@ def test_batches_are_full_where_rows_allow_and_pure_in_the_step():
         plain.in_order(3)
 
 
+def test_empty_rows_for_a_mesh_change_no_batch():
+    pytest.importorskip("grain")
+    examples = random_examples([(4, [3] * (2 + i % 8)) for i in range(23)])
+    make = {"batch_size": 5, "row_length": 40, "max_responses": 9, "seed": 0}
+    for rows, whole in ((3, 4), (None, 8)):
+        plain = stream(examples, rows=rows, **make)
+        wide = stream(examples, rows=rows, row_multiple=4, **make)
+        assert plain.steps_per_epoch() == wide.steps_per_epoch()
+        for g in range(7):
+            a, b = plain(g), wide(g)
+            given = len(a.layout.token_BxL)
+            assert b.layout.token_BxL.shape == (whole, 40)
+            assert np.array_equal(a.layout.token_BxL, b.layout.token_BxL[:given])
+            assert not b.layout.segment_BxL[given:].any()
+            assert np.array_equal(a.row_NxK, b.row_NxK)
+
+
 def test_several_prompts_share_a_row():
     examples = random_examples([(2, [1, 2]), (1, [3, 1])])
     layout, row, last, valid = layout_rows(

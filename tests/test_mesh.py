@@ -134,23 +134,49 @@ def test_eight_devices_hold_what_one_holds():
 
 # The model axis spans both processes, so each must supply all rows, not its half of them.
 TWO_PROCESSES = """
-import os, signal, sys, time
+import os, pathlib, signal, sys, time
+from unittest import mock
 import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
 import numpy as np
 import pytest
 from jax.experimental import multihost_utils
-from instructax.config import MeshConfig, UserError
+from instructax.config import Config, PpoConfig, UserError
 from instructax.runtime import checkpoint, distributed, loop, mesh, metrics
 from jax.sharding import Mesh, AxisType
 
 distributed.initialize_if_needed()
 index = jax.process_index()
 assert jax.process_count() == 2 and distributed.is_main() == (index == 0)
-distributed.agree("the same")
+distributed.agree("words", "the same")
 with pytest.raises(UserError, match=r"processes \\[1\\] differ"):
-    distributed.agree(f"not the same {index}")
+    distributed.agree("words", f"not the same {index}")
+
+distributed.join(Config())
+with pytest.raises(UserError, match=r"process 1 has seed = 1, not 0, ppo.kl_coef = 0.5, not 0.02"):
+    distributed.join(Config(seed=index, ppo=PpoConfig(kl_coef=(0.02, 0.5)[index])))
+with mock.patch.object(distributed, "code_version", lambda: f"0.1 {index}"):
+    with pytest.raises(UserError, match=r"process 1 has other code, 0.1 1\\)"):
+        distributed.join(Config())
+
+def refuse():
+    raise UserError("no room")
+
+long = {"of": index, "text": "é" * 5000}
+assert distributed.on_main(lambda: long) == long | {"of": 0}
+assert distributed.on_main(lambda: [index, distributed.on_main(lambda: index)]) == [0, 0]
+with pytest.raises(UserError, match="no room"):
+    distributed.on_main(refuse)
+with pytest.raises(ZeroDivisionError if index == 0 else RuntimeError, match="division"):
+    distributed.on_main(lambda: 1 / 0)
+
+here = pathlib.Path(sys.argv[1] + f"-of-{index}")
+distributed.on_main(here.mkdir)
+distributed._VISIBLE_SECONDS = 0.3
+with pytest.raises(UserError, match=r"processes \\[1\\] do not see"):
+    distributed.all_see(here.parent, here.name)
+distributed.all_see(here.parent, sys.argv[1].rpartition("/")[2] + "-of-0")
 
 rows = np.arange(12, dtype=np.int32).reshape(4, 3)
 for order in ([0, 1, 2, 3], [0, 2, 1, 3]):
@@ -170,18 +196,26 @@ with checkpoint.Checkpoints(folder, keep_latest=1) as checkpoints:
     assert np.array_equal(multihost_utils.process_allgather(back["w"], tiled=True), rows)
 assert checkpoints.steps() == [3]
 
-# SIGTERM reaches one process; both save the same step and leave.
+whole = mesh.to_host({"w": placed, "host": rows, "one": back["w"].sum()})
+assert np.array_equal(whole["w"], rows) and whole["one"] == rows.sum()
+
+def run(step, total):
+    with loop.StopSignal() as stop, metrics.MetricsWriter(folder + "-run") as writer:
+        loop.run_steps(name="sft", start=0, total=total, step=step, save=saved.append,
+                       save_at=lambda done: done % (1000) == 0, writer=writer, show=(), stop=stop)
+
+# SIGTERM reaches one process in its second stage; both save the same step and leave.
 saved = []
+run(lambda i: {"loss": 0.0}, 30)
+saved.clear()
 def step(i):
     if i == 2 and index == 1:
         os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.02)
     return {"loss": 0.0}
 
-with pytest.raises(SystemExit) as leave, loop.StopSignal() as stop:
-    with metrics.MetricsWriter(folder + "-run") as writer:
-        loop.run_steps(name="sft", start=0, total=1000, step=step, save=saved.append,
-                       save_at=lambda done: done % (1000) == 0, writer=writer, show=(), stop=stop)
+with pytest.raises(SystemExit) as leave:
+    run(step, 1000)
 assert leave.value.code == 143 and len(saved) == 1 and 2 < saved[0] < 1000
 gathered = multihost_utils.process_allgather(np.array(saved))
 assert (gathered == saved[0]).all(), gathered
@@ -210,7 +244,7 @@ def test_one_process_needs_no_initialization(monkeypatch):
     for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
         monkeypatch.delenv(name, raising=False)
     distributed.initialize_if_needed()
-    distributed.agree("alone")
+    distributed.agree("words", "alone")
     assert distributed.is_main() and not jax.distributed.is_initialized()
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
     with pytest.raises(UserError, match="JAX_NUM_PROCESSES and JAX_PROCESS_ID not set"):

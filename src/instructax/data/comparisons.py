@@ -177,6 +177,7 @@ def stream(
     max_responses: int,
     seed: int,
     rows: int | None = None,
+    row_multiple: int = 1,
     shuffle: bool = True,
 ) -> Stream[ComparisonBatch]:
     """Batches of ``batch_size`` prompts with all their responses, K padded to ``max_responses``.
@@ -184,7 +185,8 @@ def stream(
     Without ``rows`` each prompt has a row of its own. With it, prompts are packed into that many
     rows; a batch is then as many prompts, at most ``batch_size``, as fit. An epoch ends with its own
     batch, partly empty where it must be: in one epoch every comparison is seen once, as the paper
-    trains. A unit of this stream is a batch.
+    trains. A unit of this stream is a batch. ``row_multiple`` adds empty rows up to a multiple, as a
+    mesh may need them; which prompts a batch holds does not depend on it.
     """
     slots_n = examples.slots_n
     if slots_n.max() > row_length:
@@ -218,7 +220,7 @@ def stream(
         layout, row_NxK, last_NxK, valid_NxK = layout_rows(
             [examples.prompts[i] for i in members],
             [examples.responses[i] for i in members],
-            rows=batch_size if rows is None else rows,
+            rows=row_multiple * -(-(batch_size if rows is None else rows) // row_multiple),
             row_length=row_length,
             pad_id=examples.pad_id,
             max_responses=max_responses,

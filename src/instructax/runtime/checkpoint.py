@@ -19,7 +19,7 @@ from etils import epath
 
 from instructax.config import UserError
 from instructax.partitioning import path_name
-from instructax.runtime.distributed import is_main
+from instructax.runtime.distributed import is_main, on_main, wait_for
 
 _COMMIT = "commit_success.txt"
 _META = "meta"
@@ -44,8 +44,7 @@ class Checkpoints:
         self._keep_latest = None if keep_all else keep_latest
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{self.folder} is not a folder; checkpoints need one")
-        if is_main():
-            self._remove_interrupted()
+        on_main(self._remove_interrupted)
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -94,9 +93,8 @@ class Checkpoints:
         return _steps(self.folder)
 
     def latest(self) -> int | None:
-        """The newest complete step, or None."""
-        steps = self.steps()
-        return steps[-1] if steps else None
+        """The newest complete step, or None; the same on every process, all of which must ask."""
+        return on_main(lambda: max(self.steps(), default=None))
 
     def restore(self, step: int, item: str, abstract: Any) -> Any:
         """One item of a step, laid out as ``abstract`` says; see :func:`load_item`."""
@@ -157,6 +155,8 @@ def load_item(folder: Any, item: str, abstract: Any, step: int | None = None) ->
         if getattr(leaf, "sharding", None) is None:
             raise ValueError(f"abstract leaf {path_name(path)!r} has no sharding")
     folder = _path(folder)
+    if step is not None:
+        wait_for(folder / str(step) / _COMMIT)
     where = _step_path(folder, step) / item
     if not (where / _COMMIT).exists():
         held = sorted(path.name for path in where.parent.iterdir() if path.is_dir())
@@ -171,6 +171,11 @@ def load_item(folder: Any, item: str, abstract: Any, step: int | None = None) ->
         raise
     except Exception as error:  # orbax and tensorstore raise many types for damaged files
         raise _damaged(where, error) from error
+
+
+def newest(folder: Any) -> int:
+    """The newest complete step. Raises UserError where there is none."""
+    return int(_step_path(_path(folder), None).name)
 
 
 def load_meta(folder: Any, step: int | None = None) -> dict[str, Any]:

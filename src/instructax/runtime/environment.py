@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 import platform
 import resource
@@ -43,6 +45,18 @@ def environment() -> dict[str, Any]:
         "devices": {"count": len(devices), "kind": devices[0].device_kind},
         "processes": jax.process_count(),
     }
+
+
+@functools.cache
+def code_version() -> str:
+    """The package's version with a hash of its files and of the versions of what it stands on."""
+    digest = hashlib.sha256()
+    folder = Path(instructax.__file__).parent
+    for path in sorted([*folder.rglob("*.py"), *folder.rglob("*.j2")]):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
+        digest.update(path.read_bytes() + b"\0")
+    digest.update(repr([_version(name) for name in _PACKAGES]).encode())
+    return f"{instructax.__version__} {digest.hexdigest()[:12]}"
 
 
 def peak_rss_bytes() -> int:

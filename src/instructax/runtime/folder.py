@@ -10,7 +10,7 @@ from typing import Any
 
 from instructax.config import Config, UserError
 from instructax.resolve import diff, dump, from_dict
-from instructax.runtime.distributed import agree, is_main
+from instructax.runtime.distributed import all_see, on_main
 from instructax.runtime.environment import environment
 
 _CONFIG, _ENVIRONMENT = "config.json", "environment.json"
@@ -26,7 +26,7 @@ _FREE_FIELDS = ("checkpoint_every", "evaluate_every", "evaluations", "sample_eve
 def open_run(folder: Any, config: Config, *, stage: str) -> Path:
     """Make the folder of a stage, or open it to continue, and write down config and environment.
 
-    ``config.json`` and ``environment.json`` are written by the main process; all must agree.
+    ``config.json`` and ``environment.json`` are compared and written by the main process.
 
     Args:
       folder: the stage's folder.
@@ -35,11 +35,16 @@ def open_run(folder: Any, config: Config, *, stage: str) -> Path:
         stages may change between runs; with a name that is no section everything counts.
 
     Raises:
-      UserError: the folder was made with another config: each changed field is listed.
+      UserError: the folder was made with another config: each changed field is listed; or another
+        process does not see it.
     """
     folder = Path(folder)
-    plain = dump(config)
-    agree(json.dumps({**plain, "name": "", "run_dir": ""}, sort_keys=True))
+    on_main(lambda: _open(folder, config, stage))
+    all_see(folder, _CONFIG)
+    return folder
+
+
+def _open(folder: Path, config: Config, stage: str) -> None:
     stored = _stored_config(folder / _CONFIG)
     if stored is not None:
         changed = [
@@ -53,11 +58,9 @@ def open_run(folder: Any, config: Config, *, stage: str) -> Path:
                 f"{'; '.join(changed)}. Take back the change, give the run another --name, or "
                 "remove the folder"
             )
-    if is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / _CONFIG, plain)
-        _write(folder / _ENVIRONMENT, environment())
-    return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / _CONFIG, dump(config))
+    _write(folder / _ENVIRONMENT, environment())
 
 
 def _stored_config(path: Path) -> Config | None:

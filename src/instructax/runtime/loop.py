@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import signal
 import sys
@@ -10,16 +11,17 @@ from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any, Self
 
-import jax
 from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from instructax.config import UserError
-from instructax.runtime.distributed import is_main
+from instructax.runtime.distributed import are_many, is_main
 from instructax.runtime.metrics import MetricsWriter, scalars
 
 _PLAIN_SECONDS = 10.0
+# Processes agree on a moment by a number that only grows; steps begin anew with every stage.
+_moments = itertools.count(1)
 
 
 class StopSignal:
@@ -34,14 +36,14 @@ class StopSignal:
         self._previous: dict[signal.Signals, Any] = {}
 
     def requested(self, step: int) -> bool:
-        """Whether to stop before ``step``; every process must ask about every step."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+        """Whether to stop after ``step``; every process must ask about every step."""
+        if are_many() and multihost_utils.reached_preemption_sync_point(next(_moments)):
             self.signal = signal.SIGTERM
         return self.signal is not None
 
     def __enter__(self) -> Self:
         # The preemption service of many processes has its own handler of SIGTERM.
-        caught = [signal.SIGTERM, signal.SIGINT] if jax.process_count() == 1 else []
+        caught = [signal.SIGTERM, signal.SIGINT] if not are_many() else []
         for number in caught:
             self._previous[number] = signal.signal(number, self._handle)
         return self

@@ -8,10 +8,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from instructax import partitioning
 from instructax.config import MeshConfig, UserError
+from instructax.runtime.distributed import are_many
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -79,6 +81,19 @@ def put_batch(mesh: Mesh, batch: Any) -> Any:
         )
 
     return jax.tree_util.tree_map_with_path(put, batch)
+
+
+def to_host(tree: Any) -> Any:
+    """Whole NumPy arrays, on every process, of a pytree of arrays that may lie on many of them."""
+    if not are_many():
+        return jax.device_get(tree)
+
+    def whole(leaf):
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return leaf
+        return multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.device_get(jax.tree.map(whole, tree))
 
 
 def shardings(mesh: Mesh, abstract: Any) -> Any:

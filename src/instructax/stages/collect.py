@@ -6,18 +6,21 @@ seen the last epoch alone misjudges the others, and with them the choice among e
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from instructax.config import Config
+from instructax.records import Record
 from instructax.runtime import checkpoint
+from instructax.runtime.distributed import on_main
 from instructax.stages import data
 from instructax.stages.context import Run, abstract_params, open_run
-from instructax.stages.sampling import Sampler
+from instructax.stages.sampling import Sample, Sampler
 
 NUM_RESPONSES = range(4, 10)  # K = 4..9 (InstructGPT section 3.5)
 
@@ -33,35 +36,47 @@ def run(config: Config) -> None:
             ("comparisons_validation", {"train": train_ids, "heldout": heldout_ids}),
         ):
             prompts = data.records(config, name.replace("comparisons", "prompts_reward"))
-            rows = _ranked(context, policies, prompts, groups, rank, name)
-            data.add_records(config, name, rows)
-            print(f"collect: {name} {len(rows)}")
+            sampler = Sampler(context, prompts, batch_size=config.evaluate.batch_size)
+            rounds = _rounds(context, policies, sampler, name)
+            judge = functools.partial(_judge, config, sampler.records, rounds, groups, rank, name)
+            on_main(judge)
 
 
 def _candidates(run: Run) -> list[Any]:
     """Parameters of every SFT epoch."""
     abstract = abstract_params(run, run.config.model, "lm")
     folder = run.folder / "sft"
-    epochs = json.loads((folder / "candidates.json").read_text("utf-8"))
+    epochs = on_main(lambda: json.loads((folder / "candidates.json").read_text("utf-8")))
     return [
         checkpoint.load_item(folder / "checkpoints", "params", abstract, epoch["step"])
         for epoch in epochs
     ]
 
 
-def _ranked(run: Run, policies, prompts, groups: dict[str, Sequence[str]], rank, name: str):
-    grade = data.grader(run.config)
-    assert grade is not None, "labelers and gold come from the same world"
-    sampler = Sampler(run, prompts, batch_size=run.config.evaluate.batch_size)
+def _rounds(run: Run, policies, sampler: Sampler, name: str) -> list[list[Sample]]:
+    """As many samples of every prompt as the largest K takes."""
     key = run.key(f"collect/{name}")
-    rounds = [
+    return [
         sampler.sample(policies[k % len(policies)], jax.random.fold_in(key, k))
         for k in range(NUM_RESPONSES.stop - 1)
     ]
-    rng = np.random.default_rng([run.config.seed, len(name)])
+
+
+def _judge(
+    config: Config,
+    records: Sequence[Record],
+    rounds: Sequence[Sequence[Sample]],
+    groups: Mapping[str, Sequence[str]],
+    rank,
+    name: str,
+) -> None:
+    """Let labelers of every group rank the samples, and write the comparisons."""
+    grade = data.grader(config)
+    assert grade is not None, "labelers and gold come from the same world"
+    rng = np.random.default_rng([config.seed, len(name)])
     kinds = sorted(groups)
     rows = []
-    for i, record in enumerate(sampler.records):
+    for i, record in enumerate(records):
         samples = [samples[i] for samples in rounds[: rng.choice(NUM_RESPONSES)]]
         texts = [s.text for s in samples]
         done = [s.finished for s in samples]
@@ -81,4 +96,5 @@ def _ranked(run: Run, policies, prompts, groups: dict[str, Sequence[str]], rank,
                     **judged,
                 }
             )
-    return rows
+    data.add_records(config, name, rows)
+    print(f"collect: {name} {len(rows)}")

@@ -17,7 +17,7 @@ from instructax.data.tokenizer import Tokenizer
 from instructax.interop import safetensors_io
 from instructax.models import functional as model
 from instructax.runtime import checkpoint, mesh
-from instructax.runtime.distributed import initialize_if_needed
+from instructax.runtime.distributed import agree, all_see, is_main, join, on_main
 
 Params = Any
 
@@ -57,10 +57,11 @@ def run_folder(config: Config) -> Path:
 
 
 def open_run(config: Config) -> Run:
-    """Start (or join) the processes, lay out the mesh, read the tokenizer."""
-    initialize_if_needed()
+    """Join the other processes, lay out the mesh, read the tokenizer."""
+    join(config)
     folder = run_folder(config)
     tokenizer = Tokenizer.from_file(tokenizer_path(config))
+    agree("tokenizer", tokenizer.hash)
     for name, size in (
         ("model.vocab_size", config.model.vocab_size),
         ("reward.model.vocab_size", reward_model(config).vocab_size),
@@ -76,10 +77,11 @@ def open_run(config: Config) -> Run:
 def tokenizer_path(config: Config) -> Path:
     """The given .model file, or the one that the tokenizer verb trains into the run's folder."""
     path = Path(config.tokenizer.path or run_folder(config) / "tokenizer.model")
-    if not path.is_file():
+    if not on_main(path.is_file):
         raise UserError(
             f"no tokenizer at {path}; train one with `instructax tokenizer` or give --tokenizer.path"
         )
+    all_see(path.parent, path.name)
     return path
 
 
@@ -111,28 +113,35 @@ def load_params(
     """
     if source.endswith(".safetensors"):
         return _imported(run, source, model_config, head)
-    folder = run.folder / source
+    where, step = on_main(lambda: _source(run.folder, source, run.tokenizer.hash, head))
+    abstract = abstract_params(run, model_config, head)
+    return checkpoint.load_item(Path(where) / "checkpoints", item, abstract, step)
+
+
+def _source(run_folder: Path, source: str, tokenizer: str, head: str) -> tuple[str, int]:
+    """The stage's folder and the step that a later stage takes from it."""
+    folder = run_folder / source
     if not folder.is_dir():
         folder = Path(source)
-    if not (folder / "checkpoints").is_dir():
+    saved = folder / "checkpoints"
+    if not saved.is_dir():
         raise UserError(
-            f"no checkpoints of {source!r} in {run.folder}, nor at {source}; run that stage first "
+            f"no checkpoints of {source!r} in {run_folder}, nor at {source}; run that stage first "
             "or name a stage's folder or a .safetensors file"
         )
-    step = None
     if (folder / "chosen.json").is_file():
         step = json.loads((folder / "chosen.json").read_text("utf-8"))["step"]
-    meta = checkpoint.load_meta(folder / "checkpoints", step)
-    if meta.get("tokenizer") != run.tokenizer.hash:
+    else:
+        step = checkpoint.newest(saved)
+    meta = checkpoint.load_meta(saved, step)
+    if meta.get("tokenizer") != tokenizer:
         raise UserError(
             f"{folder} was trained with another tokenizer (hash {str(meta.get('tokenizer'))[:12]}, "
-            f"this run's is {run.tokenizer.hash[:12]}); token ids would not mean the same"
+            f"this run's is {tokenizer[:12]}); token ids would not mean the same"
         )
     if meta["head"] != head:
         raise UserError(f"{folder} holds a {meta['head']} head, a {head} head is needed")
-    return checkpoint.load_item(
-        folder / "checkpoints", item, abstract_params(run, model_config, head), step
-    )
+    return str(folder), step
 
 
 # Fields in which weights may differ from the model that takes them up: nothing computed depends on them.
@@ -156,7 +165,9 @@ def _imported(run: Run, path: str, model_config: ModelConfig, head: str) -> Para
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write whole or not at all."""
+    """Write whole or not at all (main process only)."""
+    if not is_main():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")

@@ -17,6 +17,7 @@ from instructax.config import Config, UserError
 from instructax.data import curation
 from instructax.data.sources import load_records
 from instructax.records import PROMPT_SOURCES, Record, prompt_text
+from instructax.runtime.distributed import on_main, wait_for
 from instructax.stages.context import run_folder, write_json
 
 KINDS = {
@@ -47,6 +48,10 @@ _OF_WORLD = {
 
 def run(config: Config) -> None:
     """Write the records that the run trains and is judged on, and ``curation.json``."""
+    on_main(lambda: _make(config))
+
+
+def _make(config: Config) -> None:
     folder = data_folder(config)
     sets, report = _from_world(config) if config.data.world else _from_files(config)
     for name, rows in sets.items():
@@ -72,14 +77,21 @@ def records(config: Config, name: str) -> Sequence[Record]:
     """
     if name not in KINDS:
         raise ValueError(f"no data set is called {name!r}, known: {sorted(KINDS)}")
+    path, stamp = on_main(lambda: _found(config, name))
+    wait_for(Path(path))
+    return _load(str(Path(path).resolve()), KINDS[name], stamp)
+
+
+def _found(config: Config, name: str) -> tuple[str, int]:
+    """The file of records, and when it was written."""
     own = run_folder(config) / "data" / f"{name}.jsonl"
     path = own if own.is_file() else data_folder(config) / f"{name}.jsonl"
     if not path.is_file() and not (data_folder(config) / "curation.json").is_file():
-        run(config)
+        _make(config)
         path = data_folder(config) / f"{name}.jsonl"
     if not path.is_file():
         raise UserError(f"this stage needs {name}; name files with --data.{name.replace('_', '-')}")
-    return _load(str(path.resolve()), KINDS[name], path.stat().st_mtime_ns)
+    return str(path), path.stat().st_mtime_ns
 
 
 @functools.lru_cache(maxsize=32)
@@ -89,14 +101,18 @@ def _load(path: str, kind: str, stamp: int) -> Sequence[Record]:
 
 def exists(config: Config, name: str) -> bool:
     """Whether the run has such records; makes the run's data if that has not been done."""
+    return on_main(lambda: _exists(config, name))
+
+
+def _exists(config: Config, name: str) -> bool:
     if not (data_folder(config) / "curation.json").is_file():
-        run(config)
+        _make(config)
     places = (run_folder(config) / "data", data_folder(config))
     return any((place / f"{name}.jsonl").is_file() for place in places)
 
 
 def add_records(config: Config, name: str, rows: Sequence[Record]) -> None:
-    """Records that a run makes itself (comparisons from its own samples)."""
+    """Records that a run makes itself (comparisons from its own samples); main process only."""
     _write_lines(run_folder(config) / "data" / f"{name}.jsonl", rows)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from instructax.config import Config, replace
 from instructax.report import page
 from instructax.resolve import apply_arm
+from instructax.runtime.distributed import join, on_main
 from instructax.runtime.environment import enable_compile_cache, peak_rss_bytes
 from instructax.runtime.folder import open_run as open_folder
 from instructax.stages import collect, data, evaluate, ppo, pretrain, reward, sft, tokenizer
@@ -20,11 +21,12 @@ from instructax.stages.context import run_folder, write_json
 
 def run(config: Config) -> None:
     """Every stage goes on from where it was, so the same command continues a run cut short."""
+    join(config)
     folder = run_folder(config)
     open_folder(folder, config, stage="run")
     enable_compile_cache(Path(config.run_dir) / ".compile_cache")
     with _Spent(folder / "spent.json") as spent:
-        if not (folder / "data" / "curation.json").is_file():
+        if not on_main((folder / "data" / "curation.json").is_file):
             data.run(config)
         if not config.tokenizer.path:
             tokenizer.run(config)
@@ -32,7 +34,11 @@ def run(config: Config) -> None:
             config = replace(config, tokenizer=replace(config.tokenizer, path=model_file))
         for seed in range(config.seed, config.seed + config.seeds):
             _one_seed(replace(config, name=f"{config.name}/seed{seed}", seed=seed))
-    seeds = [config.seed + i for i in range(config.seeds)]
+    on_main(lambda: _report(config, spent))
+
+
+def _report(config: Config, spent: _Spent) -> None:
+    folder, seeds = run_folder(config), [config.seed + i for i in range(config.seeds)]
     write_json(folder / "summary.json", summarise(config, seeds, spent))
     print(f"report: {page.write_report(folder)}")
 
@@ -40,7 +46,7 @@ def run(config: Config) -> None:
 def _one_seed(config: Config) -> None:
     """InstructGPT figure 2: demonstrations, comparisons, reinforcement learning."""
     folder = run_folder(config)
-    if (folder / "evaluate.json").is_file():
+    if on_main((folder / "evaluate.json").is_file):
         return
     pretrain.run(config)
     sft.run(config)
@@ -59,7 +65,10 @@ def _has_comparisons(config: Config) -> bool:
 
 
 class _Spent:
-    """Seconds of work on a run and its largest memory, over all its continuations."""
+    """Seconds of work on a run and its largest memory, over all its continuations.
+
+    Of the main process, which writes them.
+    """
 
     def __init__(self, path: Path):
         self._path = path

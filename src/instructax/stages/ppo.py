@@ -56,6 +56,12 @@ def _train(run: Run, arm: str) -> None:
     open_folder(folder, config, stage="ppo")
     iterations = c.episodes // c.batch_size
     updates = c.inner_epochs * c.batch_size // c.minibatch_size
+    # Where the mesh is inferred, only now is it known.
+    if c.minibatch_size % mesh.shards(run.mesh):
+        raise UserError(
+            f"ppo.minibatch_size = {c.minibatch_size} is not divided by the mesh's "
+            f"{mesh.shards(run.mesh)} batch shards (data * fsdp); use a multiple, or a smaller mesh"
+        )
     policy_optimizer = make_optimizer(c.policy_optimizer, iterations * updates)
     value_optimizer = make_optimizer(c.value_optimizer, iterations * updates)
 

@@ -124,6 +124,7 @@ def _stream(run: Run, name: str, *, seed: int):
         row_length=c.row_length,
         max_responses=c.max_responses,
         rows=_rows(run, examples, c.batch_size) if c.packed else None,
+        row_multiple=mesh.shards(run.mesh),
         seed=seed,
     )
 
@@ -135,9 +136,7 @@ def _rows(run: Run, examples, prompts: int) -> int:
     """
     c = run.config.reward
     slots = prompts * float(examples.slots_n.mean()) * 1.1
-    parts = mesh.shards(run.mesh)
-    rows = max(1, math.ceil(slots / c.row_length))
-    return parts * math.ceil(rows / parts)
+    return max(1, math.ceil(slots / c.row_length))
 
 
 class Evaluator:
@@ -165,7 +164,7 @@ class Evaluator:
         against_gold: list[float] = []
         gold_on_labels: list[float] = []
         for batch, indices in self._batches:
-            score_NxK, p_NxKxK, preferred_NxKxK = jax.device_get(self._pairs(params, batch))
+            score_NxK, p_NxKxK, preferred_NxKxK = mesh.to_host(self._pairs(params, batch))
             for n, i in enumerate(indices):
                 record: Mapping[str, Any] = self._records[i]
                 labelled = _different(record, np.argwhere(preferred_NxKxK[n]))
@@ -267,6 +266,7 @@ class DemonstrationMean:
             row_length=c.row_length,
             max_responses=1,
             rows=_rows(self._run, examples, prompts),
+            row_multiple=mesh.shards(self._run.mesh),
             seed=0,
         )
         return list(stream.in_order())
@@ -275,7 +275,7 @@ class DemonstrationMean:
         total, count = 0.0, 0
         for host in self._batches:
             batch = mesh.put_batch(self._run.mesh, host)
-            score_NxK = jax.device_get(self._score(params, batch=batch))
+            score_NxK = mesh.to_host(self._score(params, batch=batch))
             total += float(score_NxK[host.valid_NxK].sum())
             count += int(host.valid_NxK.sum())
         return total / count

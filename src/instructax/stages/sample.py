@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -10,9 +11,10 @@ import jax
 from instructax.config import Config, UserError
 from instructax.data.curation import expand_few_shot
 from instructax.data.sources import load_records
+from instructax.runtime.distributed import on_main
 from instructax.stages import data
-from instructax.stages.context import load_params, open_run
-from instructax.stages.sampling import Sampler
+from instructax.stages.context import Run, load_params, open_run
+from instructax.stages.sampling import Sample, Sampler
 
 
 def run(config: Config) -> None:
@@ -30,14 +32,18 @@ def run(config: Config) -> None:
         top_k=c.top_k,
         top_p=c.top_p,
     )
-    source = c.checkpoint or _newest(run.folder)
+    source = c.checkpoint or on_main(lambda: _newest(run.folder))
     with jax.set_mesh(run.mesh):
         params = load_params(run, source, config.model, "lm")
         key = run.key("sample")
         rounds = [
             sampler.sample(params, jax.random.fold_in(key, k)) for k in range(c.samples_per_prompt)
         ]
-    path = Path(c.output or run.folder / "samples" / "samples.jsonl")
+    on_main(lambda: _write(run, sampler, rounds, source))
+
+
+def _write(run: Run, sampler: Sampler, rounds: Sequence[Sequence[Sample]], source: str) -> None:
+    path = Path(run.config.sample.output or run.folder / "samples" / "samples.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for i, record in enumerate(sampler.records):

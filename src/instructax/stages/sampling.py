@@ -65,8 +65,13 @@ class Sampler:
         if any(self.dropped.values()):
             print(f"sampling: {len(examples)} prompts, left out: {self.dropped}")
         self.records = [records[i] for i in examples.record_index_n]
+        # Rows that only fill up change nothing: a response depends on its own prompt alone.
+        parts = mesh.shards(run.mesh)
         stream = prompt_data.stream(
-            examples, batch_size=batch_size, prompt_length=config.ppo.prompt_length, seed=0
+            examples,
+            batch_size=parts * -(-batch_size // parts),
+            prompt_length=config.ppo.prompt_length,
+            seed=0,
         )
         self._batches = [_keep_rows_real(batch) for batch in stream.in_order()]
         self._sample = jax.jit(
@@ -132,14 +137,14 @@ class Sampler:
         for prompts, real in self._batches:
             batch = mesh.put_batch(self._run.mesh, prompts)
             drawn = self._sample(params, key, batch)
-            responses = jax.device_get(drawn)
+            responses = mesh.to_host(drawn)
             source_RxL, extra = self._rows(prompts, responses), {}
             if reward is not None:
                 extra["score"] = self._score(reward, batch, drawn, source_RxL)
             if reference is not None:
                 extra["logp"] = self._logps(params, batch, drawn, source_RxL)
                 extra["kl"] = extra["logp"] - self._logps(reference, batch, drawn, source_RxL)
-            extra = jax.device_get(extra)
+            extra = mesh.to_host(extra)
             for row in np.flatnonzero(real):
                 found.append(
                     Sample(

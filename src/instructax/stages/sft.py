@@ -16,6 +16,7 @@ from instructax.data import demonstrations, pretraining
 from instructax.data.mixture import mix_lm
 from instructax.data.pipeline import derive_seed
 from instructax.runtime import checkpoint, mesh
+from instructax.runtime.distributed import on_main
 from instructax.stages import data
 from instructax.stages.context import (
     Run,
@@ -138,13 +139,13 @@ def select(config: Config, stage: str = "sft") -> Mapping[str, Any]:
     context = open_run(config)
     c = config.init if stage == "init" else config.sft
     folder = context.folder / stage
-    nll = _validation_losses(folder / "metrics.jsonl")
+    nll = dict(on_main(lambda: _validation_losses(folder / "metrics.jsonl")))
     candidates = [
         {"epoch": epoch, "step": step, "nll": nll[step]}
         for epoch, step in enumerate(sorted(nll), start=1)
     ]
     # A reward model still in training must not choose: a run cut short would choose differently.
-    has_reward = (context.folder / "reward" / "validation.json").is_file()
+    has_reward = on_main((context.folder / "reward" / "validation.json").is_file)
     by = c.select_by
     if by == "auto":
         by = "reward" if has_reward else "loss"
@@ -160,9 +161,9 @@ def select(config: Config, stage: str = "sft") -> Mapping[str, Any]:
     return chosen
 
 
-def _validation_losses(path) -> dict[int, float]:
+def _validation_losses(path) -> list[tuple[int, float]]:
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    return {row["step"]: row["eval/nll"] for row in rows if "eval/nll" in row}
+    return [(row["step"], row["eval/nll"]) for row in rows if "eval/nll" in row]
 
 
 def _score_candidates(run: Run, folder, candidates: list[dict[str, Any]], num_samples: int) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from instructax.config import Config, UserError
 from instructax.data.sources import load_records
 from instructax.data.tokenizer import train_tokenizer
+from instructax.runtime.distributed import on_main
 from instructax.stages import data
 from instructax.stages.context import run_folder
 
@@ -15,7 +18,10 @@ def run(config: Config) -> None:
         raise UserError(
             f"tokenizer.path names an existing model, {config.tokenizer.path}; leave it empty to train one"
         )
-    path = run_folder(config) / "tokenizer.model"
+    on_main(lambda: _train(config, run_folder(config) / "tokenizer.model"))
+
+
+def _train(config: Config, path: Path) -> None:
     if path.is_file():
         print(f"tokenizer: {path} is there already")
         return
