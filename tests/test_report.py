@@ -439,3 +439,15 @@ def test_settings_show_only_what_differs(tmp_path: Path) -> None:
     assert ("ppo.kl_coef", "0.02", "0.15") in method.rows
     assert not [row for row in method.rows if row[0] == "ppo.gae_lambda"]
     assert ("model.num_layers", "12", "4") in sizes.rows
+
+
+def test_an_ablation_of_other_arms_shows_its_own(tmp_path):
+    names = ["beta0", "beta0_ptx"]
+    path = write_run(tmp_path / "run", seeds=1, arms=tuple(names))
+    config = config_json() | {"arms": [{"name": name, "changes": []} for name in names]}
+    (path / "config.json").write_text(json.dumps(config))
+    run = folder.read(path)
+    assert sections.main_arms(run) == names
+    assert [what for what, _, _ in figures.headline(run)] == [
+        "Reward model, accuracy on held-out labelers"
+    ]

@@ -236,10 +236,18 @@ def headline(run: RunFolder) -> list[tuple[str, str, str]]:
         value, init = number(s, "pretrain_nll", name), number(s, "pretrain_nll", "init")
         return signed(None if value is None or init is None else value - init)
 
+    reward = (
+        "Reward model, accuracy on held-out labelers",
+        figure("reward", "accuracy_heldout"),
+        (
+            f"the gold score itself reaches {figure('reward', 'ceiling')}; "
+            f"two labelers agree on {figure('labelers', 'agreement')}"
+        ),
+    )
+    if run.arms and not {"ppo", "ppo_ptx"} & set(run.arms):
+        return [reward]  # an ablation, whose arms have other names
     return [
-        ("Reward model, accuracy on held-out labelers", figure("reward", "accuracy_heldout"),
-         (f"the gold score itself reaches {figure('reward', 'ceiling')}; "
-         f"two labelers agree on {figure('labelers', 'agreement')}")),
+        reward,
         ("Gold score, PPO-ptx", figure("gold", "ppo_ptx", "total"),
          (f"PPO {figure('gold', 'ppo', 'total')}, SFT {figure('gold', 'sft', 'total')}, "
          f"demonstrations {figure('gold', 'demonstrations', 'total')}")),

@@ -32,9 +32,12 @@ def legend(name: str) -> Row:
 
 
 def main_arms(run: RunFolder) -> list[str]:
-    """Arms of the main comparison: those of the over-optimisation run have plots of their own."""
+    """Arms of the main comparison: those of over-optimisation have plots of their own.
+
+    All arms where there are no others, as in an ablation of its own.
+    """
     apart = {str(p.get("arm")) for p in items(run.summary.get("overoptimisation"))}
-    return [arm for arm in run.arms if arm not in apart - {"ppo", "ppo_ptx"}]
+    return [arm for arm in run.arms if arm not in apart - {"ppo", "ppo_ptx"}] or run.arms
 
 
 def win_rates(run: RunFolder) -> Markup | None:
