@@ -26,6 +26,7 @@ from instructax.config import (
     RewardConfig,
     SftConfig,
     UserError,
+    replace,
 )
 from instructax.plan import chips, memory, model_flops, programs, timing, topology
 from instructax.plan.chips import CHIPS, GIB
@@ -448,6 +449,25 @@ def test_another_failure_of_the_compiler_is_not_taken_for_a_lack_of_memory():
     assert memory.refused("INTERNAL: something else", {}, {}) is None
 
 
+def test_arms_are_planned_once_a_shape_and_with_their_own_numbers():
+    arms = (
+        Arm("ppo_ptx"),
+        Arm("other_beta", (("kl_coef", 0.1),)),
+        Arm("ptx_only", (("rl_coef", 0.0),)),
+        Arm("short", (("episodes", 160),)),
+    )
+    config = replace(TINY, arms=arms)
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    found = {p.name: p for p in programs.programs(config, mesh, ["ppo"]) if "/update" in p.name}
+    assert list(found) == ["ppo/update", "ppo:ptx_only/update", "ppo:short/update"]
+    whole, ptx_only, short = found.values()
+    assert (whole.iterations, ptx_only.iterations, short.iterations) == (100, 100, 10)
+    # No way back through the policy on episodes: of 3 forwards there, 1 is left.
+    tokens, width = 16 * 32 * config.ppo.inner_epochs, 32
+    saved = 2 * model_flops.forward(MODEL, tokens, width)
+    assert whole.model_flops - ptx_only.model_flops == pytest.approx(saved)
+
+
 # The verb.
 
 
@@ -495,6 +515,8 @@ def test_a_config_that_does_not_fit_is_exit_code_1_with_the_largest_parts(
         (["--topology", "v5p:8"], "a slice of v5p has 3 sizes"),
         (["--only", "nothing"], "no program's name begins so; stages are pretrain, sft"),
         (["--mesh.fsdp", "3"], "mesh"),
+        (["--output", "tiny.py/plan.json"], "--output tiny.py/plan.json: "),
+        (["--output", "."], "--output .: cannot be written"),
     ],
 )
 def test_refusals_of_the_plan(more, says, file, capsys):

@@ -38,6 +38,8 @@ class Program:
     """Turns of the loop whose number only the data knows."""
     bandwidth_bound: float = 0.0
     """Bytes a chip that decoding cannot but read: weights and cache, each token."""
+    iterations: int = 0
+    """How often a run of PPO makes this update."""
     with_layers: Callable[[int], Program] | None = None
     """The same program of a model with fewer layers, where layers are written out."""
     layers: int = 0

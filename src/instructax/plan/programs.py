@@ -59,7 +59,7 @@ def _shape(ppo: PpoConfig) -> PpoConfig:
         ppo,
         kl_coef=0.0,
         ptx_coef=float(ppo.ptx_coef != 0.0),
-        rl_coef=1.0,
+        rl_coef=float(ppo.rl_coef != 0.0),
         score_control="none",
         ptx_loss="mean",
         policy_optimizer=OptimizerConfig(),

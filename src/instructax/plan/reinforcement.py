@@ -107,7 +107,8 @@ class Reinforcement(Shapes):
         )
         trained = tokens * c.inner_epochs
         read = updates * texts * c.ptx_row_length
-        flops = model_flops.train(m, trained, width)
+        of_policy = model_flops.forward if c.rl_coef == 0.0 else model_flops.train
+        flops = of_policy(m, trained, width)
         flops += model_flops.train(r, trained, width, scalar=True)
         if c.ptx_coef != 0.0:
             flops += model_flops.train(m, read, c.ptx_row_length)
@@ -120,6 +121,7 @@ class Reinforcement(Shapes):
             passed=state_bytes,
             held=frozen,
             model_flops=flops,
+            iterations=c.episodes // c.batch_size,
         )
 
     def _copy(self, name: str, params: Any, held: dict[str, float]) -> Program:

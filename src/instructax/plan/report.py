@@ -84,7 +84,7 @@ def _work(planned: Planned, cost: Cost, target: Target) -> list[str]:
     return [*lines, shown]
 
 
-def iterations(plans: Sequence[Planned], config: Config, target: Target) -> list[dict[str, Any]]:
+def iterations(plans: Sequence[Planned], target: Target) -> list[dict[str, Any]]:
     """PPO's iteration by phase, for every planned arm: seconds, model FLOPs, and the whole run's."""
     by_name = {p.program.name: p for p in plans}
     found = []
@@ -109,7 +109,7 @@ def iterations(plans: Sequence[Planned], config: Config, target: Target) -> list
         total = sum(seconds.values())
         model = sum(p.program.model_flops for p in (sample, score, update))
         bound = sample.program.bandwidth_bound / target.chip.hbm_bandwidth
-        count = config.ppo.episodes // config.ppo.batch_size
+        count = update.program.iterations
         found.append(
             {
                 "arm": arm,
