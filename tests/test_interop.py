@@ -20,7 +20,7 @@ from instructax.config import MeshConfig, ModelConfig, UserError
 from instructax.interop import llama2c, nano_gpt_json, safetensors_io
 from instructax.models import functional as model
 from instructax.models import transformer
-from instructax.models.attention import attention, visible
+from instructax.models.attention import attention, heads_first, visible
 from instructax.models.layers import Block, activation
 from instructax.models.presets import llama
 from instructax.rl.generate import generate
@@ -69,6 +69,7 @@ def nano_intermediates(params, config, token_BxL):
     def attend(q, k, v):
         # One-hot values of key i make the output the weights themselves.
         one_hot = jnp.broadcast_to(jnp.eye(length, q.shape[3])[None, :, None, :], q.shape)
+        k, v, one_hot = heads_first(k), heads_first(v), heads_first(one_hot)
         weights_BxLxHxS = attention(q, k, one_hot, mask)[..., :length]
         return attention(q, k, v, mask), weights_BxLxHxS
 
@@ -90,7 +91,7 @@ def nano_intermediates(params, config, token_BxL):
         out = {n: seen["attn"][n]["__call__"][0] for n in ("q", "k", "v", "out")}
         q, k, v = (out[n].transpose(0, 2, 1, 3) for n in "qkv")
         flat = [out[n].reshape(*token_BxL.shape, -1) for n in "qkv"]
-        y = attention(out["q"], out["k"], out["v"], mask)
+        y = attention(out["q"], heads_first(out["k"]), heads_first(out["v"]), mask)
         up = seen["mlp"]["up"]["__call__"][0]
         found |= {
             "ln1": seen["attn_norm"]["__call__"][0],

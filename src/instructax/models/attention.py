@@ -30,20 +30,25 @@ def visible(layout: Layout, band_width: int | None = None) -> Array:
     return mask
 
 
-def attention(q_BxLxHxC: Array, k_BxSxGxC: Array, v_BxSxGxC: Array, mask_BxLxS: Array) -> Array:
+def heads_first(x_BxSxGxC: Array) -> Array:
+    """x_BxGxSxC: the form in which a head's keys lie together, so that a cache is read as it lies."""
+    return jnp.swapaxes(x_BxSxGxC, 1, 2)
+
+
+def attention(q_BxLxHxC: Array, k_BxGxSxC: Array, v_BxGxSxC: Array, mask_BxLxS: Array) -> Array:
     """softmax(q k^T / sqrt(C)) v where the mask allows, 0 for a query that sees nothing.
 
     Heads share keys and values in groups of H / G. Scores and softmax are float32.
     """
     rows, length, heads, width = q_BxLxHxC.shape
-    groups = k_BxSxGxC.shape[2]
+    groups = k_BxGxSxC.shape[1]
     q = q_BxLxHxC.reshape(rows, length, groups, heads // groups, width)
-    score = jnp.einsum("blgrc,bsgc->bgrls", q, k_BxSxGxC, preferred_element_type=jnp.float32) * (
+    score = jnp.einsum("blgrc,bgsc->bgrls", q, k_BxGxSxC, preferred_element_type=jnp.float32) * (
         width**-0.5
     )
     mask = mask_BxLxS[:, None, None]
     weight = jax.nn.softmax(jnp.where(mask, score, jnp.finfo(jnp.float32).min), axis=-1)
-    out = jnp.einsum("bgrls,bsgc->blgrc", weight.astype(v_BxSxGxC.dtype), v_BxSxGxC)
+    out = jnp.einsum("bgrls,bgsc->blgrc", weight.astype(v_BxGxSxC.dtype), v_BxGxSxC)
     out = out.reshape(rows, length, heads, width)
     # A query with an empty mask got uniform weights: 0 instead, so that padding cannot leak.
     return jnp.where(mask_BxLxS.any(axis=-1)[:, :, None, None], out, 0.0)

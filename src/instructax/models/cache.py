@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from instructax.batches import Layout, padded_layout, pytree
 from instructax.config import ModelConfig
-from instructax.models.attention import attention, visible
+from instructax.models.attention import attention, heads_first, visible
 from instructax.models.layers import Block
 from instructax.models.transformer import embed, finish
 
@@ -25,8 +25,8 @@ Params = Any
 class Cache:
     """Keys and values of what has been read. Slot s of row b holds position s - start_b."""
 
-    key: tuple[Array, ...]  # one per layer, BxSxGxC
-    value: tuple[Array, ...]  # one per layer, BxSxGxC
+    key: tuple[Array, ...]  # one per layer, BxGxSxC
+    value: tuple[Array, ...]  # one per layer, BxGxSxC
     start_B: Array  # int32, the first real slot: prompts are left-padded
     length: Array  # int32 scalar, slots written so far
 
@@ -59,13 +59,14 @@ def prefill(
     layout: Layout = padded_layout(token_BxP, mask_BxP)
     block = Block(config)
     x = embed(copy, config, layout.token_BxL, layout.position_BxL)
-    pad = ((0, 0), (0, slots - length), (0, 0), (0, 0))
+    pad = ((0, 0), (0, 0), (0, slots - length), (0, 0))
     keys: list[Array] = []
     values: list[Array] = []
     for i, params in enumerate(copy["blocks"]):
         mask = visible(layout, _band(config, i))
 
         def attend(q, k, v, mask=mask):
+            k, v = heads_first(k), heads_first(v)
             return attention(q, k, v, mask), (k, v)
 
         x, (key, value) = _apply(block, params, x, layout.position_BxL, attend)
@@ -84,7 +85,7 @@ def prefill(
 def decode(copy: Params, config: ModelConfig, token_B: Array, cache: Cache) -> tuple[Array, Cache]:
     """Read one token a row at the cache's next slot. Returns (hidden_BxD, cache)."""
     slot = cache.length
-    slot_S = jnp.arange(cache.key[0].shape[1], dtype=jnp.int32)
+    slot_S = jnp.arange(cache.key[0].shape[2], dtype=jnp.int32)
     position_Bx1 = (slot - cache.start_B)[:, None]
     seen_BxS = (slot_S[None] >= cache.start_B[:, None]) & (slot_S[None] <= slot)
     block = Block(config)
@@ -95,8 +96,9 @@ def decode(copy: Params, config: ModelConfig, token_B: Array, cache: Cache) -> t
         mask = seen_BxS if band is None else seen_BxS & (slot_S[None] > slot - band)
 
         def attend(q, k, v, i=i, mask=mask):
-            key = jax.lax.dynamic_update_slice_in_dim(cache.key[i], k, slot, axis=1)
-            value = jax.lax.dynamic_update_slice_in_dim(cache.value[i], v, slot, axis=1)
+            k, v = heads_first(k), heads_first(v)
+            key = jax.lax.dynamic_update_slice_in_dim(cache.key[i], k, slot, axis=2)
+            value = jax.lax.dynamic_update_slice_in_dim(cache.value[i], v, slot, axis=2)
             return attention(q, key, value, mask[:, None]), (key, value)
 
         x, (key, value) = _apply(block, params, x, position_Bx1, attend)

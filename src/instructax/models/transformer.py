@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from instructax.batches import Layout
 from instructax.config import ModelConfig
-from instructax.models.attention import attention, visible
+from instructax.models.attention import attention, heads_first, visible
 from instructax.models.layers import Block, Norm
 from instructax.partitioning import constrain
 
@@ -93,7 +93,7 @@ def hidden(
                 rngs = {"dropout": jax.random.fold_in(dropout_key, first_layer + i)}
 
             def attend(q, k, v, kind=kind):
-                return attention(q, k, v, mask_of[kind]), None
+                return attention(q, heads_first(k), heads_first(v), mask_of[kind]), None
 
             x, _ = block.apply({"params": layer_params}, x, position_BxL, attend, rngs=rngs)
         return x, None
