@@ -7,12 +7,13 @@ import json
 import math
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import recipe
 
 from instructax.config import UserError
-from instructax.stages import ppo, sft
+from instructax.stages import pipeline, ppo, sft
 from instructax.stages.context import run_folder
 
 INTERVAL = ("mean", "low", "high")
@@ -92,6 +93,37 @@ def test_running_again_changes_nothing(mini_run, seed0, config):
     for changing in ("seconds", "peak_rss_bytes"):
         summary.pop(changing), again.pop(changing)
     assert again == summary
+
+
+@pytest.mark.slow
+def test_workers_side_by_side_leave_the_same_run(mini_run, seed0, config, tmp_path):
+    """From pretraining on with two processes at a time: same choices, samples and figures."""
+    beside = dataclasses.replace(config, run_dir=str(tmp_path), workers=2)
+    copy = tmp_path / "mini"
+    copy.mkdir()
+    for name in ("data", "seed0/pretrain"):
+        shutil.copytree(mini_run / name, copy / name)
+    shutil.copy(mini_run / "tokenizer.model", copy)
+    recorded = copy / "seed0/pretrain/config.json"
+    recorded.write_text(recorded.read_text("utf-8").replace(str(mini_run), str(copy)), "utf-8")
+    pipeline.run(beside)
+    for name in ("evaluate.json", "sft/candidates.json", "reward/validation.json"):
+        assert_close(figures(copy / "seed0", name), figures(seed0, name))
+    for arm in config.arms:
+        samples = [
+            recipe.rows(run / "seed0" / arm.name / "samples.jsonl") for run in (mini_run, copy)
+        ]
+        assert_close(*samples)
+
+
+def assert_close(found, wanted):
+    """Texts alike, numbers up to the rounding of another number of threads."""
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
+    for leaf, other in pairs:
+        assert leaf == (
+            other if isinstance(other, str) else pytest.approx(other, rel=1e-3, abs=1e-4)
+        )
 
 
 def test_sft_is_chosen_by_the_reward_model_among_its_epochs(seed0):

@@ -512,6 +512,9 @@ class Config:
     """The one random seed; everything else folds in from it by purpose."""
     seeds: int = 1
     """`run` repeats the recipe for this many seeds, seed, seed + 1, ..."""
+    workers: int = 1
+    """Processes of `run` side by side, each on its share of the cores; CPU alone: for small models, which leave
+    cores idle. Arms are independent of each other, as is the RL init of SFT and reward model."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -119,6 +119,6 @@ RANGES: dict[type, dict[str, Range]] = {
         "num_entities": Range(8, 40),
         "num_attributes": Range(2, 5),
     },
-    Config: {"seed": Range(0, 2**31 - 1), "seeds": Range(1, 2**31 - 1)},
+    Config: {"seed": Range(0, 2**31 - 1), "seeds": Range(1, 2**31 - 1), "workers": Range(1)},
 }
 """Range of every number by class and field; a test holds that none is left out."""

@@ -19,8 +19,8 @@ from instructax.partitioning import constrain
 
 Array = Any
 
-# Numbers of rows to choose from: steps of a twelfth of the padded number waste a few percent.
-PARTS = 12
+# Numbers of rows to choose from: another number is another program, so they are few.
+PARTS = 6
 
 
 def padded_rows(order_UxM: np.ndarray, width: int) -> np.ndarray:

@@ -59,10 +59,16 @@ def code_version() -> str:
     return f"{instructax.__version__} {digest.hexdigest()[:12]}"
 
 
-def peak_rss_bytes() -> int:
-    """The largest resident memory so far, of this process or of any child that has ended."""
+def peak_rss_bytes(workers: int = 1) -> int:
+    """The largest resident memory so far, of this process or of any child that has ended.
+
+    Where ``workers`` children ran at a time, at most so much: this process and the largest child,
+    so many times.
+    """
     unit = 1 if sys.platform == "darwin" else 1024
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
+    if workers > 1:
+        return _own_peak(unit) + workers * children
     return max(_own_peak(unit), children)
 
 

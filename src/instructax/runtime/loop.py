@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import multiprocessing
 import signal
 import sys
 import time
@@ -147,7 +148,8 @@ def _progress(name: str, start: int, total: int, show: tuple[str, ...]) -> _Sile
     if not is_main():
         return _Silent()
     console = Console(stderr=True)
-    if console.is_terminal:
+    # The bars of processes side by side would overwrite each other.
+    if console.is_terminal and multiprocessing.parent_process() is None:
         return _Bar(console, name, start, total, show)
     return _Lines(name, start, total, show)
 

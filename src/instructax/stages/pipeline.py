@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from instructax.resolve import apply_arm
 from instructax.runtime.distributed import join, on_main
 from instructax.runtime.environment import enable_compile_cache, peak_rss_bytes
 from instructax.runtime.folder import open_run as open_folder
+from instructax.runtime.workers import check, side_by_side
 from instructax.stages import collect, data, evaluate, ppo, pretrain, reward, sft, tokenizer
 from instructax.stages.context import run_folder, write_json
 
@@ -22,10 +24,11 @@ from instructax.stages.context import run_folder, write_json
 def run(config: Config) -> None:
     """Every stage goes on from where it was, so the same command continues a run cut short."""
     join(config)
+    check(config.workers)
     folder = run_folder(config)
     open_folder(folder, config, stage="run")
     enable_compile_cache(Path(config.run_dir) / ".compile_cache")
-    with _Spent(folder / "spent.json") as spent:
+    with _Spent(folder / "spent.json", config.workers) as spent:
         if not on_main((folder / "data" / "curation.json").is_file):
             data.run(config)
         if not config.tokenizer.path:
@@ -49,15 +52,20 @@ def _one_seed(config: Config) -> None:
     if on_main((folder / "evaluate.json").is_file):
         return
     pretrain.run(config)
+    init = functools.partial(sft.run, config, init=True)
+    side_by_side([functools.partial(_preferences, config), init], config.workers)
+    arms = [functools.partial(ppo.run, apply_arm(config, arm), arm.name) for arm in config.arms]
+    side_by_side(arms, config.workers)
+    evaluate.run(config)
+
+
+def _preferences(config: Config) -> None:
+    """From demonstrations to a reward model, and with it the choice of SFT's epoch."""
     sft.run(config)
     if not _has_comparisons(config):
         collect.run(config)
     reward.run(config)
     sft.select(config)
-    sft.run(config, init=True)
-    for arm in config.arms:
-        ppo.run(apply_arm(config, arm), arm.name)
-    evaluate.run(config)
 
 
 def _has_comparisons(config: Config) -> bool:
@@ -70,8 +78,8 @@ class _Spent:
     Of the main process, which writes them.
     """
 
-    def __init__(self, path: Path):
-        self._path = path
+    def __init__(self, path: Path, workers: int):
+        self._path, self._workers = path, workers
         before = json.loads(path.read_text("utf-8")) if path.is_file() else {}
         self.seconds: float = before.get("seconds", 0.0)
         self.peak_rss_bytes: int = before.get("peak_rss_bytes", 0)
@@ -82,7 +90,7 @@ class _Spent:
 
     def __exit__(self, *_: object) -> None:
         self.seconds += time.monotonic() - self._start
-        self.peak_rss_bytes = max(self.peak_rss_bytes, peak_rss_bytes())
+        self.peak_rss_bytes = max(self.peak_rss_bytes, peak_rss_bytes(self._workers))
         spent = {"seconds": self.seconds, "peak_rss_bytes": self.peak_rss_bytes}
         write_json(self._path, spent)
 
