@@ -107,7 +107,7 @@ def test_its_steps_trace(config):
 
 
 def _trace_ppo(config: Config, reward_config) -> None:
-    c = dataclasses.replace(config.ppo, minibatch_size=2)
+    c = dataclasses.replace(config.ppo, minibatch_size=2 * config.ppo.grad_accumulation)
     episodes = 2 * c.minibatch_size
     policy_optimizer = make_optimizer(c.policy_optimizer, 10)
     value_optimizer = make_optimizer(c.value_optimizer, 10)
@@ -136,7 +136,7 @@ def _trace_ppo(config: Config, reward_config) -> None:
     )  # fmt: skip
     updates = 2 * c.inner_epochs
     text = jax.tree.map(
-        lambda x: array((updates, *x.shape), x.dtype), lm_batch(2, c.ptx_row_length)
+        lambda x: array((updates, *x.shape), x.dtype), lm_batch(c.minibatch_size, c.ptx_row_length)
     )
     after, _ = jax.eval_shape(
         functools.partial(

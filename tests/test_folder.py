@@ -44,9 +44,9 @@ def test_what_the_stage_does_not_read_may_change_and_is_written_down(tmp_path, c
     assert stored["name"] == changes.get("name", "first")
 
 
-def test_how_often_a_stage_saves_or_looks_may_change(tmp_path):
+def test_how_often_a_stage_saves_or_looks_and_its_microbatches_may_change(tmp_path):
     open_run(tmp_path, CONFIG, stage="ppo")
-    often = replace(CONFIG.ppo, checkpoint_every=1, sample_every=1)
+    often = replace(CONFIG.ppo, checkpoint_every=1, sample_every=1, grad_accumulation=4)
     open_run(tmp_path, replace(CONFIG, ppo=often), stage="ppo")
     open_run(tmp_path / "reward", CONFIG, stage="reward")
     once = replace(CONFIG.reward, evaluations=1)

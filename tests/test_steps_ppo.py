@@ -17,6 +17,7 @@ from instructax.config import OptimizerConfig, PpoConfig
 from instructax.losses.ppo_ptx import combine_gradients
 from instructax.models import functional as model
 from instructax.rl.packing import packed_rows, padded_rows
+from instructax.steps import ppo
 from instructax.steps.optimizer import make_optimizer
 from instructax.steps.ppo import (
     minibatch_order,
@@ -321,6 +322,70 @@ def test_without_rl_the_gradient_is_gamma_times_the_texts(gradients):
     _, ptx, of = gradients
     grads, _ = of(rl_coef=0.0, ptx_coef=3.0)
     tiny.assert_close(grads, jax.tree.map(lambda g: 3.0 * g, ptx), rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def uneven(w):
+    """A minibatch of 8, 0, 1 and 3 response tokens, and text of 8, 1, 0 and 4."""
+    rollout = tiny.rows_of(scored(w)[0], [0, 1, 3, 5])
+    nth_BxL = np.cumsum(rollout.mask_BxL, axis=1)
+    keep_BxL = nth_BxL <= np.array([RESPONSE, 0, 1, 3])[:, None]
+    text = tiny.rows_of(w.ptx, 0)
+    weight_BxL = text.weight_BxL * (np.arange(9) <= np.array([8, 1, 0, 4])[:, None])
+    return (
+        dataclasses.replace(rollout, mask_BxL=rollout.mask_BxL & keep_BxL),
+        dataclasses.replace(text, weight_BxL=weight_BxL),
+    )
+
+
+def update(**changes):
+    config = dataclasses.replace(CONFIG, minibatch_size=4, **changes)
+    return jax.jit(functools.partial(ppo_update, config=config, **NETWORKS))
+
+
+as_written = functools.cache(update)
+
+
+def updated(w, uneven, compiled):
+    # Not where the rollout was: every ratio would be 1.
+    state = start(w)
+    moved = jax.tree.map(lambda p: 1.1 * p, (state.policy, state.value))
+    state = dataclasses.replace(state, policy=moved[0], value=moved[1])
+    state, metrics = compiled(state, *uneven)
+    return (state.policy.params, state.value.params), metrics
+
+
+@pytest.mark.laws
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"ptx_loss": "sum"}, {"ptx_coef": 0.0}, {"rl_coef": 0.0}],
+    ids=["both", "sum", "gamma 0", "no rl"],
+)
+def test_microbatches_take_the_update_of_the_full_minibatch(w, uneven, changes):
+    params, metrics = updated(w, uneven, as_written(**changes))
+    for n in (2,) if changes else (2, 4):
+        got, of_parts = updated(w, uneven, as_written(grad_accumulation=n, **changes))
+        tiny.assert_close(got, params, rtol=1e-5, atol=1e-5)
+        tiny.assert_close(of_parts, metrics, rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["policy_objective", "value_objective", "ptx_objective"])
+def test_a_mean_of_the_microbatches_means_is_another_update(w, uneven, name, monkeypatch):
+    whole = updated(w, uneven, as_written())[0]
+    right = getattr(ppo, name)
+    monkeypatch.setattr(ppo, name, lambda *a: tiny.mean_of_means(right(*a), 4))
+    wrong, _ = updated(w, uneven, update(grad_accumulation=4))
+    with pytest.raises(AssertionError):
+        tiny.assert_close(wrong, whole, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.laws
+def test_gamma_zero_is_plain_ppo_bit_for_bit_in_microbatches(w, uneven):
+    plain = {"ptx_coef": 0.0, "grad_accumulation": 2}
+    params, metrics = updated(w, uneven, as_written(**plain))
+    skipped, fewer = updated(w, uneven, as_written(ptx_at_zero="skip", **plain))
+    tiny.assert_equal(params, skipped)
+    assert set(metrics) - set(fewer) == {"ptx/nll"}
 
 
 def test_gamma_rules_the_step_because_there_is_one(w, gradients):

@@ -12,8 +12,9 @@ import tiny
 from instructax.batches import ComparisonBatch, Layout, padded_layout
 from instructax.config import OptimizerConfig
 from instructax.models import functional as model
+from instructax.steps import reward
 from instructax.steps.optimizer import make_optimizer
-from instructax.steps.reward import ranking_loss, reward_step, scores
+from instructax.steps.reward import ranking_loss, ranking_objective, reward_step, scores
 from instructax.steps.state import create
 
 PROMPTS = (4, 3)
@@ -127,3 +128,53 @@ def test_training_orders_the_responses(params, name):
     assert score[0].argmax() == 0 and score[1, 0] > score[1, 1]
     if name == "pairwise":
         assert np.all(np.diff(score[0]) < 0)
+
+
+def several_rows(rows: int) -> ComparisonBatch:
+    """Row 0 holds two prompts, row 1 all ties, row 2 nothing, of the others each one of :func:`batch`'s."""
+    whole = [batch(seed) for seed in range(rows)]
+    layout = jax.tree.map(lambda *x: np.concatenate(x), *(b.layout for b in whole))
+    row, last, rank, valid = (
+        np.concatenate([getattr(b, name) for b in whole])
+        for name in ("row_NxK", "last_NxK", "rank_NxK", "valid_NxK")
+    )
+    row = np.where(valid, row + np.arange(rows).repeat(2)[:, None], 0).astype(np.int32)
+    rank[2:4], valid[4:6] = 1, False
+    valid[7::2] = False
+    # Neither prompts nor valid entries lie in the order of rows.
+    order = np.random.default_rng(0).permutation(2 * rows)
+    return ComparisonBatch(layout, row[order], last[order], rank[order], valid[order])
+
+
+@pytest.mark.laws
+@pytest.mark.parametrize("name", ["pairwise", "best_of_k"])
+def test_microbatches_take_the_step_of_the_full_batch(params, name, monkeypatch):
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, eps=1e-2), 10)
+    b = several_rows(8)
+
+    def step(microbatches: int):
+        compiled = jax.jit(
+            functools.partial(
+                reward_step, model_config=tiny.MODEL, optimizer=optimizer, loss=name,
+                microbatches=microbatches,
+            )
+        )  # fmt: skip
+        state, metrics = compiled(create(params, optimizer), b, None)
+        return state.params, metrics
+
+    whole = step(1)
+    assert float(whole[1]["loss/prompts"]) == 2 + 5
+    for microbatches in (2, 4):
+        tiny.assert_close(step(microbatches), whole, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(
+        reward, "ranking_objective", lambda *a: tiny.mean_of_means(ranking_objective(*a), 4)
+    )
+    with pytest.raises(AssertionError):
+        tiny.assert_close(step(4)[0], whole[0], rtol=1e-3, atol=1e-3)
+
+
+def test_scores_of_microbatches_are_those_of_the_batch(params):
+    b = several_rows(8)
+    whole = np.asarray(scored()(params, b))
+    parts = jax.jit(lambda params, b: scores(params, tiny.MODEL, b, microbatches=4))(params, b)
+    np.testing.assert_allclose(np.asarray(parts)[b.valid_NxK], whole[b.valid_NxK], atol=1e-5)

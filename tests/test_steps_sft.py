@@ -13,8 +13,9 @@ import tiny
 from instructax.batches import Layout, LmBatch, padded_layout
 from instructax.config import OptimizerConfig
 from instructax.models import functional as model
+from instructax.steps import sft
 from instructax.steps.optimizer import make_optimizer
-from instructax.steps.sft import lm_loss, lm_step
+from instructax.steps.sft import lm_loss, lm_objective, lm_step
 from instructax.steps.state import create
 
 LENGTHS = (5, 3, 7)
@@ -112,3 +113,30 @@ def test_the_loss_falls_and_dropout_needs_a_key(params):
         state, last = plain(state, batch, None)
     assert float(last["loss/loss"]) < 0.3 * float(first["loss/loss"])
     assert int(state.step) == 40
+
+
+@pytest.mark.laws
+def test_microbatches_take_the_step_of_the_full_batch(params, monkeypatch):
+    """Rows of 11 to 0 weighted tokens: a mean of the microbatches' means is another step."""
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, eps=1e-4), 10)
+    batch = tiny.text(8, 12)
+    count = np.array([11, 1, 0, 4, 2, 10, 0, 1])[:, None]
+    weight = np.where((np.arange(12) >= 1) & (np.arange(12) <= count), batch.weight_BxL, 0.0)
+    weight[0, 3:7] = 0.25
+    batch = LmBatch(batch.layout, weight.astype(np.float32))
+
+    def step(microbatches: int):
+        compiled = jax.jit(
+            functools.partial(
+                lm_step, model_config=tiny.MODEL, optimizer=optimizer, microbatches=microbatches
+            )
+        )
+        state, metrics = compiled(create(params, optimizer), batch, None)
+        return state.params, metrics
+
+    whole = step(1)
+    for microbatches in (2, 4):
+        tiny.assert_close(step(microbatches), whole, rtol=2e-6, atol=2e-6)
+    monkeypatch.setattr(sft, "lm_objective", lambda m: tiny.mean_of_means(lm_objective(m), 4))
+    with pytest.raises(AssertionError):
+        tiny.assert_close(step(4)[0], whole[0], rtol=1e-3, atol=1e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 from instructax.batches import LmBatch, PromptBatch, padded_layout
 from instructax.config import ModelConfig
 from instructax.models import functional as model
+from instructax.steps.accumulate import Objective
 
 VOCAB, EOS, PAD = 23, 2, 0
 MODEL = ModelConfig(
@@ -52,6 +54,16 @@ def text(rows: int, length: int, seed: int = 0) -> LmBatch:
     weight = np.ones((rows, length), np.float32)
     weight[:, 0] = 0.0
     return LmBatch(layout, weight)
+
+
+def mean_of_means(objective: Objective, parts: int) -> Objective:
+    """The wrong way to accumulate: each microbatch divides by its own count, and they are averaged."""
+
+    def loss(outputs, batch, normalizer):
+        own, metrics = objective.loss(outputs, batch, None)
+        return (own if normalizer is None else own / parts), metrics
+
+    return dataclasses.replace(objective, loss=loss)
 
 
 def rows_of(tree, index):

@@ -268,6 +268,10 @@ class PretrainConfig:
     """Adam .9/.95, weight decay .1, clip 1, warm-up, cosine to 10% (GPT-3)."""
     batch_size: int = 512
     """Rows of a global batch."""
+    grad_accumulation: int = 1
+    """Microbatches whose gradients are summed before one optimizer step; divides batch_size.
+    The update and the metrics are those of the whole batch up to rounding, the memory that of one
+    part."""
     row_length: int = 1024
     """Tokens of a row."""
     steps: int = 1000
@@ -292,6 +296,10 @@ class SftConfig:
     """InstructGPT 1.3B and 6B: 9.65e-6, cosine to 10%, no warm-up; clip not stated."""
     batch_size: int = 32
     """Demonstrations of a global batch when padded, rows when packed."""
+    grad_accumulation: int = 1
+    """Microbatches whose gradients are summed before one optimizer step; divides batch_size.
+    The update and the metrics are those of the whole batch up to rounding, the memory that of one
+    part. With dropout, another number draws other masks."""
     row_length: int = 2048
     """Slots of a model row."""
     packed: bool = True
@@ -324,6 +332,10 @@ class RewardConfig:
     """9e-6, cosine to 10% (InstructGPT); warm-up and clip not stated."""
     batch_size: int = 64
     """Prompts of a global batch, all pairs of a prompt together (up to 64 * 36 pairs)."""
+    grad_accumulation: int = 1
+    """Microbatches whose gradients are summed before one optimizer step; divides batch_size.
+    The update and the metrics are those of the whole batch up to rounding, the memory that of one
+    part. With dropout, another number draws other masks."""
     row_length: int = 2048
     """Slots of a model row: one prompt, its responses behind it, several prompts where they fit."""
     packed: bool = True
@@ -360,6 +372,10 @@ class PpoConfig:
     """Episodes of an iteration."""
     minibatch_size: int = 64
     """Episodes of one update."""
+    grad_accumulation: int = 1
+    """Microbatches whose gradients are summed before one optimizer step; divides minibatch_size.
+    The update and the metrics are those of the whole minibatch up to rounding, the memory that of
+    one part. The pretraining rows beside it are cut alike."""
     packed: bool = True
     """Several episodes in a row for scoring, updates and evaluation, none seeing another; false pads each to its own row."""
     inner_epochs: int = 1

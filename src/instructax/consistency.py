@@ -23,6 +23,8 @@ from instructax.config import (
 Problem = tuple[str, object, str, str]
 
 SECTIONS = ("pretrain", "sft", "init", "reward", "ppo", "sample", "evaluate")
+TRAINED = ("pretrain", "sft", "init", "reward", "ppo")
+"""Those that take optimizer steps."""
 STAGE_NAMES = ("data", "pretrain", "sft", "init", "reward")
 """Folders of a run that no arm may take the name of."""
 
@@ -91,6 +93,16 @@ def warmup_rule(path: str, optimizer: OptimizerConfig, steps: int) -> Iterator[P
         )
 
 
+def accumulation_rule(path: str, parts: int, field: str, size: int) -> Iterator[Problem]:
+    if size % parts:
+        yield (
+            f"{path}.grad_accumulation",
+            parts,
+            f"does not divide {field} = {size} into equal microbatches",
+            "use a divisor",
+        )
+
+
 def ppo_rules(path: str, p: PpoConfig) -> Iterator[Problem]:
     if p.batch_size % p.minibatch_size:
         yield (
@@ -99,6 +111,7 @@ def ppo_rules(path: str, p: PpoConfig) -> Iterator[Problem]:
             f"does not divide batch_size = {p.batch_size}",
             "use a divisor, so that every episode is in one update of each inner epoch",
         )
+    yield from accumulation_rule(path, p.grad_accumulation, "minibatch_size", p.minibatch_size)
     if p.episodes % p.batch_size:
         below = p.episodes // p.batch_size * p.batch_size
         near = [str(n) for n in (below, below + p.batch_size) if n]
@@ -299,11 +312,14 @@ def mesh_rules(config: Config, verb: str | None) -> Iterator[Problem]:
         return
     for name in sorted(uses(verb) - {"reward"}):
         field = "minibatch_size" if name == "ppo" else "batch_size"
-        size = getattr(getattr(config, name), field)
-        if size % shards:
+        section = getattr(config, name)
+        size = getattr(section, field)
+        parts = section.grad_accumulation if name in TRAINED else 1
+        if size % (shards * parts):
+            of_each = f" for each of {parts} microbatches" if parts > 1 else ""
             yield (
                 f"{name}.{field}",
                 size,
-                f"is not divided by the {shards} batch shards of mesh.data * mesh.fsdp",
-                f"use a multiple of {shards}",
+                f"is not divided by the {shards} batch shards of mesh.data * mesh.fsdp{of_each}",
+                f"use a multiple of {shards * parts}",
             )

@@ -76,23 +76,25 @@ RANGES: dict[type, dict[str, Range]] = {
         COUNT="max_prompts_per_user dedup_prefix_chars max_prompt_tokens max_response_tokens",
     ),
     PretrainConfig: {
-        **_table(COUNT="batch_size steps checkpoint_every evaluate_every"),
+        **_table(COUNT="batch_size grad_accumulation steps checkpoint_every evaluate_every"),
         "row_length": Range(2),
     },
     SftConfig: _table(
-        COUNT="batch_size row_length epochs select_samples",
+        COUNT="batch_size grad_accumulation row_length epochs select_samples",
         BELOW_ONE="dropout pretrain_mix",
         FRACTION="prompt_loss_weight",
     ),
     RewardConfig: {
-        **_table(COUNT="batch_size row_length epochs evaluations", BELOW_ONE="dropout"),
+        **_table(
+            COUNT="batch_size grad_accumulation row_length epochs evaluations", BELOW_ONE="dropout"
+        ),
         "max_responses": Range(2, 9),
     },
     PpoConfig: {
         **_table(
             NOT_NEGATIVE="kl_coef ptx_coef rl_coef log_prompts",
-            COUNT="episodes batch_size minibatch_size inner_epochs kl_horizon prompt_length "
-            "response_length ptx_examples_per_episode checkpoint_every sample_every",
+            COUNT="episodes batch_size minibatch_size grad_accumulation inner_epochs kl_horizon "
+            "prompt_length response_length ptx_examples_per_episode checkpoint_every sample_every",
             POSITIVE="value_clip_range temperature kl_target",
             ABOVE_ZERO="discount",
             FRACTION="gae_lambda",

@@ -106,6 +106,11 @@ def _sections(config: Config) -> Iterator[Problem]:
         yield from consistency.model_rules("reward.model", config.reward.model)
     pretrain = config.pretrain
     yield from consistency.warmup_rule("pretrain.optimizer", pretrain.optimizer, pretrain.steps)
+    for name in ("pretrain", "sft", "init", "reward"):
+        section = getattr(config, name)
+        yield from consistency.accumulation_rule(
+            name, section.grad_accumulation, "batch_size", section.batch_size
+        )
     yield from consistency.ppo_rules("ppo", config.ppo)
     yield from consistency.sample_rules("sample", config.sample)
     yield from consistency.evaluate_rules("evaluate", config.evaluate)

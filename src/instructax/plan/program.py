@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from instructax.batches import Layout, LmBatch, PromptBatch, Responses
-from instructax.config import Config, ModelConfig, UserError
+from instructax.config import Config, ModelConfig
 from instructax.models import functional as model
 from instructax.plan.memory import shard_bytes
 from instructax.runtime import mesh as mesh_lib
@@ -55,12 +55,7 @@ class Shapes:
         self.whole = NamedSharding(mesh, PartitionSpec())
 
     def of_rows(self, field: str, shape: tuple[int, ...], dtype: Any) -> Any:
-        parts = mesh_lib.shards(self.mesh)
-        if shape[0] % parts:
-            raise UserError(
-                f"{field} = {shape[0]}: cannot be divided over {parts} data-parallel devices; use a "
-                f"multiple of {parts}, or another mesh"
-            )
+        mesh_lib.check_rows(self.mesh, field, shape[0])
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self.by_rows)
 
     def layout(self, field: str, rows: int, length: int) -> Layout:

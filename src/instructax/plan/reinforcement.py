@@ -90,7 +90,7 @@ class Reinforcement(Shapes):
         updates = c.inner_epochs * rows // c.minibatch_size
         texts = c.minibatch_size * c.ptx_examples_per_episode
         self.text("ppo.minibatch_size * ppo.ptx_examples_per_episode", texts, 1)
-        self.of_rows("ppo.minibatch_size", (c.minibatch_size,), jnp.int32)
+        mesh_lib.check_rows(self.mesh, "ppo.minibatch_size", c.minibatch_size, c.grad_accumulation)
         text = LmBatch(
             Layout(*(self.sources(updates, texts, c.ptx_row_length) for _ in range(4))),
             jax.ShapeDtypeStruct(

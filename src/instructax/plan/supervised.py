@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,15 +10,18 @@ import jax
 import jax.numpy as jnp
 
 from instructax.batches import ComparisonBatch
-from instructax.config import SftConfig, replace
+from instructax.config import PretrainConfig, SftConfig, replace
 from instructax.models import functional as model
 from instructax.plan import model_flops
 from instructax.plan.memory import shard_bytes
 from instructax.plan.program import Program, Shapes, bytes_of, shardings
 from instructax.runtime import mesh as mesh_lib
+from instructax.steps.accumulate import measure
 from instructax.steps.optimizer import make_optimizer
 from instructax.steps.reward import reward_step, scores
-from instructax.steps.sft import lm_loss, lm_step
+from instructax.steps.sft import lm_objective, lm_step
+
+LmConfig = PretrainConfig | SftConfig
 
 
 class Supervised(Shapes):
@@ -37,12 +41,17 @@ class Supervised(Shapes):
         optimizer = make_optimizer(c.optimizer, c.steps)
 
         def step(state, batch):
-            return lm_step(state, batch, None, model_config=m, optimizer=optimizer)
+            return lm_step(
+                state,
+                batch,
+                None,
+                model_config=m,
+                optimizer=optimizer,
+                microbatches=c.grad_accumulation,
+            )
 
-        yield self._lm_training("pretrain", m, optimizer, step, c.batch_size, c.row_length)
-        yield self._lm_evaluation(
-            "pretrain", m, c.batch_size, c.row_length, self._moments(optimizer)
-        )
+        yield self._lm_training("pretrain", c, m, optimizer, step)
+        yield self._lm_evaluation("pretrain", c, m, self._moments(optimizer))
 
     def fine_tuning(self, stage: str, c: SftConfig) -> Iterator[Program]:
         m = replace(self.config.model, dropout=c.dropout)
@@ -51,13 +60,21 @@ class Supervised(Shapes):
 
         def step(state, batch):
             key = jax.random.key(0) if c.dropout != 0.0 else None
-            return lm_step(state, batch, key, model_config=m, optimizer=optimizer)
+            return lm_step(
+                state,
+                batch,
+                key,
+                model_config=m,
+                optimizer=optimizer,
+                microbatches=c.grad_accumulation,
+            )
 
-        yield self._lm_training(stage, m, optimizer, step, c.batch_size, c.row_length)
-        yield self._lm_evaluation(stage, m, c.batch_size, c.row_length, self._moments(optimizer))
+        yield self._lm_training(stage, c, m, optimizer, step)
+        yield self._lm_evaluation(stage, c, m, self._moments(optimizer))
 
-    def _lm_training(self, stage, m, optimizer, step, rows: int, length: int) -> Program:
-        state = self.state(m, "lm", optimizer)
+    def _lm_training(self, stage, c: LmConfig, m, optimizer, step) -> Program:
+        state, rows, length = self.state(m, "lm", optimizer), c.batch_size, c.row_length
+        mesh_lib.check_rows(self.mesh, f"{stage}.batch_size", rows, c.grad_accumulation)
         return Program(
             f"{stage}/step",
             jax.jit(step, donate_argnums=0, out_shardings=(shardings(state), None)),
@@ -70,11 +87,12 @@ class Supervised(Shapes):
         """Bytes a chip of the optimizer state of the policy, which stays where it is while a loss is measured."""
         return bytes_of(self.state(self.config.model, "lm", optimizer))["optimizer"]
 
-    def _lm_evaluation(self, stage, m, rows: int, length: int, moments: float) -> Program:
-        params = self.params(m, "lm")
+    def _lm_evaluation(self, stage, c: LmConfig, m, moments: float) -> Program:
+        params, rows, length = self.params(m, "lm"), c.batch_size, c.row_length
+        measured = functools.partial(measure, lm_objective(m), microbatches=c.grad_accumulation)
         return Program(
             f"{stage}/held_out_loss",
-            jax.jit(lambda params, batch: lm_loss(params, m, batch)[1]),
+            jax.jit(measured),
             (params, self.text(f"{stage}.batch_size", rows, length)),
             passed={"params": shard_bytes(params)},
             held={"optimizer": moments},
@@ -85,9 +103,9 @@ class Supervised(Shapes):
         c, m = self.config.reward, self.reward_model
         optimizer = make_optimizer(c.optimizer, 1000)
         state = self.state(m, "scalar", optimizer)
-        parts = mesh_lib.shards(self.mesh)
+        parts = mesh_lib.shards(self.mesh) * c.grad_accumulation
         # Packed into fewer rows where the data allows it; at most each prompt has a row of its own.
-        rows = -(-c.batch_size // parts) * parts if c.packed else c.batch_size
+        rows = -(-c.batch_size // parts) * parts
         index = (c.batch_size, c.max_responses)
         number = self.of_rows("reward.batch_size", index, jnp.int32)
         valid = self.of_rows("reward.batch_size", index, jnp.bool_)
@@ -97,7 +115,15 @@ class Supervised(Shapes):
 
         def step(state, batch):
             key = jax.random.key(0) if c.dropout != 0.0 else None
-            return reward_step(state, batch, key, model_config=m, optimizer=optimizer, loss=c.loss)
+            return reward_step(
+                state,
+                batch,
+                key,
+                model_config=m,
+                optimizer=optimizer,
+                loss=c.loss,
+                microbatches=c.grad_accumulation,
+            )
 
         tokens = rows * c.row_length
         yield Program(
@@ -109,7 +135,7 @@ class Supervised(Shapes):
         )
         yield Program(
             "reward/scores",
-            jax.jit(lambda params, batch: scores(params, m, batch)),
+            jax.jit(lambda p, batch: scores(p, m, batch, microbatches=c.grad_accumulation)),
             (state.params, batch),
             passed={"params": shard_bytes(state.params)},
             held={"optimizer": bytes_of(state)["optimizer"]},

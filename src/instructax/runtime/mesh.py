@@ -55,6 +55,21 @@ def shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in partitioning.BATCH_AXES)
 
 
+def check_rows(mesh: Mesh, field: str, rows: int, microbatches: int = 1) -> None:
+    """Refuse a number of rows that the data axes do not divide, in each of its microbatches.
+
+    Raises:
+      UserError: it names the field and what divides.
+    """
+    parts = shards(mesh)
+    if rows % (parts * microbatches):
+        of_each = f" in each of {microbatches} microbatches" if microbatches > 1 else ""
+        raise UserError(
+            f"{field} = {rows}: cannot be divided over {parts} data-parallel devices{of_each}; use "
+            f"a multiple of {parts * microbatches}, or another mesh"
+        )
+
+
 def put_batch(mesh: Mesh, batch: Any) -> Any:
     """Turn a pytree of NumPy arrays, the same *global* batch on every process, into global arrays.
 

@@ -57,11 +57,7 @@ def _train(run: Run, arm: str) -> None:
     iterations = c.episodes // c.batch_size
     updates = c.inner_epochs * c.batch_size // c.minibatch_size
     # Where the mesh is inferred, only now is it known.
-    if c.minibatch_size % mesh.shards(run.mesh):
-        raise UserError(
-            f"ppo.minibatch_size = {c.minibatch_size} is not divided by the mesh's "
-            f"{mesh.shards(run.mesh)} batch shards (data * fsdp); use a multiple, or a smaller mesh"
-        )
+    mesh.check_rows(run.mesh, "ppo.minibatch_size", c.minibatch_size, c.grad_accumulation)
     policy_optimizer = make_optimizer(c.policy_optimizer, iterations * updates)
     value_optimizer = make_optimizer(c.value_optimizer, iterations * updates)
 
@@ -211,9 +207,8 @@ def _programs(
     rollout_key = run.key("ppo/rollout")
     score_key, order_key = run.key("ppo/shuffled_scores"), run.key("ppo/minibatches")
 
-    rows = functools.partial(
-        episode_rows, slots=c.response_length, packed=c.packed, shards=mesh.shards(run.mesh)
-    )
+    rows = functools.partial(episode_rows, slots=c.response_length, packed=c.packed)
+    shards = mesh.shards(run.mesh)
 
     def iterate(state: PpoState, i: int, prompt_batch, text) -> tuple[PpoState, dict[str, Any]]:
         began = time.perf_counter()
@@ -232,10 +227,12 @@ def _programs(
             responses,
             state.kl_coef,
             jax.random.fold_in(score_key, i),
-            rows(everyone, prompt_batch.mask_BxP, length_B)[0],
+            rows(everyone, prompt_batch.mask_BxP, length_B, shards=shards)[0],
         )
         order_UxM = np.asarray(order(jax.random.fold_in(order_key, i)))
-        source_UxRxL = rows(order_UxM, prompt_batch.mask_BxP, length_B)
+        source_UxRxL = rows(
+            order_UxM, prompt_batch.mask_BxP, length_B, shards=shards * c.grad_accumulation
+        )
         scored = _ready_at(rollout)
         state, update_metrics = update(state, rollout, text, metrics["objective/kl"], source_UxRxL)
         updated = _ready_at(update_metrics)
@@ -320,7 +317,7 @@ def _watcher(run: Run, folder, reference: Params, reward: Params):
     nll = None
     if data.exists(run.config, "pretrain_validation"):
         rows = max(1, c.minibatch_size * c.ptx_examples_per_episode)
-        nll = held_out_nll(run, run.config.model, c.ptx_row_length, rows)
+        nll = held_out_nll(run, run.config.model, c.ptx_row_length, rows, c.grad_accumulation)
     key = run.key("ppo/watch")
 
     def watch(step: int, state: PpoState) -> dict[str, float]:

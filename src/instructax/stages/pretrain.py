@@ -18,8 +18,9 @@ from instructax.runtime import mesh
 from instructax.stages import data
 from instructax.stages.context import Run, load_params, open_run
 from instructax.stages.training import train
+from instructax.steps.accumulate import measure
 from instructax.steps.optimizer import learning_rate, make_optimizer
-from instructax.steps.sft import lm_loss, lm_step
+from instructax.steps.sft import lm_objective, lm_step
 
 Params = Any
 
@@ -37,10 +38,18 @@ def run(config: Config) -> None:
         seed=derive_seed(config.seed, "pretrain"),
         cross_document_mask=c.cross_document_mask,
     )
-    evaluate = held_out_nll(context, config.model, c.row_length, c.batch_size)
+    mesh.check_rows(context.mesh, "pretrain.batch_size", c.batch_size, c.grad_accumulation)
+    evaluate = held_out_nll(context, config.model, c.row_length, c.batch_size, c.grad_accumulation)
 
     def step(state, batch):
-        new, metrics = lm_step(state, batch, None, model_config=config.model, optimizer=optimizer)
+        new, metrics = lm_step(
+            state,
+            batch,
+            None,
+            model_config=config.model,
+            optimizer=optimizer,
+            microbatches=c.grad_accumulation,
+        )
         return new, metrics | {"lr": rate(state.step)}
 
     train(
@@ -68,7 +77,7 @@ def _start(run: Run, init_from: str) -> Params:
 
 
 def held_out_nll(
-    run: Run, model_config: ModelConfig, row_length: int, batch_size: int
+    run: Run, model_config: ModelConfig, row_length: int, batch_size: int, microbatches: int = 1
 ) -> Callable[[Params], dict[str, float]]:
     """params -> {"all": nats a token, topic: ...} on the held-out pretraining text.
 
@@ -81,7 +90,8 @@ def held_out_nll(
         topic: list(_in_order(run, records, row_length, batch_size))
         for topic, records in sorted(by_topic.items())
     }
-    measured = jax.jit(lambda params, batch: lm_loss(params, model_config, batch)[1])
+    objective = lm_objective(model_config)
+    measured = jax.jit(functools.partial(measure, objective, microbatches=microbatches))
 
     def evaluate(params: Params) -> dict[str, float]:
         total = tokens = 0.0

@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -55,6 +55,7 @@ def run(config: Config) -> None:
             model_config=model_config,
             optimizer=optimizer,
             loss=c.loss,
+            microbatches=c.grad_accumulation,
         )
         return new, metrics | {"lr": rate(state.step)}
 
@@ -95,6 +96,15 @@ def run(config: Config) -> None:
     print(f"reward: accuracy {figures['accuracy']:.3f} on {figures['pairs']} held-out pairs")
 
 
+def _scores(run: Run) -> Callable[..., Any]:
+    """Scores outside training, in as many microbatches as there."""
+    return functools.partial(
+        scores,
+        model_config=run.reward_model,
+        microbatches=run.config.reward.grad_accumulation,
+    )
+
+
 def marks(total: int, count: int) -> set[int]:
     """``count`` steps at even distances up to ``total``, which is among them; all where there are fewer."""
     return {math.ceil(total * i / count) for i in range(1, count + 1)}
@@ -124,9 +134,14 @@ def _stream(run: Run, name: str, *, seed: int):
         row_length=c.row_length,
         max_responses=c.max_responses,
         rows=_rows(run, examples, c.batch_size) if c.packed else None,
-        row_multiple=mesh.shards(run.mesh),
+        row_multiple=_row_multiple(run),
         seed=seed,
     )
+
+
+def _row_multiple(run: Run) -> int:
+    """Every microbatch divides over the mesh."""
+    return mesh.shards(run.mesh) * run.config.reward.grad_accumulation
 
 
 def _rows(run: Run, examples, prompts: int) -> int:
@@ -152,7 +167,7 @@ class Evaluator:
         ]
 
         def pairs(params, batch):
-            score_NxK = scores(params, run.reward_model, batch)
+            score_NxK = _scores(run)(params, batch=batch)
             return score_NxK, *ranked_pairs(score_NxK, batch.rank_NxK, batch.valid_NxK)
 
         self._pairs = jax.jit(pairs)
@@ -247,7 +262,7 @@ class DemonstrationMean:
 
     def __init__(self, run: Run):
         self._run = run
-        self._score = jax.jit(functools.partial(scores, model_config=run.reward_model))
+        self._score = jax.jit(_scores(run))
 
     @functools.cached_property
     def _batches(self) -> list[ComparisonBatch]:
@@ -266,7 +281,7 @@ class DemonstrationMean:
             row_length=c.row_length,
             max_responses=1,
             rows=_rows(self._run, examples, prompts),
-            row_multiple=mesh.shards(self._run.mesh),
+            row_multiple=_row_multiple(self._run),
             seed=0,
         )
         return list(stream.in_order())

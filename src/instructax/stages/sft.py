@@ -28,8 +28,9 @@ from instructax.stages.context import (
 )
 from instructax.stages.sampling import Sampler, mean_reward
 from instructax.stages.training import train
+from instructax.steps.accumulate import measure
 from instructax.steps.optimizer import learning_rate, make_optimizer
-from instructax.steps.sft import lm_loss, lm_step
+from instructax.steps.sft import lm_objective, lm_step
 
 Params = Any
 
@@ -39,6 +40,7 @@ def run(config: Config, init: bool = False) -> None:
     stage = "init" if init else "sft"
     context = open_run(config)
     c = config.init if init else config.sft
+    mesh.check_rows(context.mesh, f"{stage}.batch_size", c.batch_size, c.grad_accumulation)
     stream = _batches(context, c, stage)
     ends = tuple(np.cumsum([stream.steps_per_epoch(e) for e in range(c.epochs)]).tolist())
     optimizer = make_optimizer(c.optimizer, ends[-1])
@@ -49,7 +51,12 @@ def run(config: Config, init: bool = False) -> None:
 
     def step(state, batch):
         new, metrics = lm_step(
-            state, batch, dropout_key, model_config=model_config, optimizer=optimizer
+            state,
+            batch,
+            dropout_key,
+            model_config=model_config,
+            optimizer=optimizer,
+            microbatches=c.grad_accumulation,
         )
         return new, metrics | {"lr": rate(state.step)}
 
@@ -120,7 +127,8 @@ def _validation_nll(run: Run, c: SftConfig, model_config: ModelConfig):
         examples, batch_size=c.batch_size, row_length=c.row_length, packed=c.packed, seed=0
     )
     batches = [mesh.put_batch(run.mesh, batch) for batch in stream.in_order()]
-    measured = jax.jit(lambda params, batch: lm_loss(params, model_config, batch)[1])
+    objective = lm_objective(model_config)
+    measured = jax.jit(functools.partial(measure, objective, microbatches=c.grad_accumulation))
 
     def evaluate(params: Params) -> float:
         results = jax.device_get([measured(params, batch) for batch in batches])

@@ -23,6 +23,7 @@ from instructax.masking import masked_mean
 from instructax.models import functional as model
 from instructax.rl.kl import adaptive_kl_update
 from instructax.rl.packing import take_rollout
+from instructax.steps.accumulate import Objective, gradient, measure
 from instructax.steps.rollout import values_before
 from instructax.steps.state import PpoState, TrainState, apply_gradients, global_norm, move_average
 
@@ -42,43 +43,90 @@ def value_from_reward(reward: Params, config: PpoConfig, gain: float, bias: floa
     return model.shift_scalars(reward | {"value_head": head}, bias)
 
 
+def policy_objective(model_config: ModelConfig, config: PpoConfig) -> Objective:
+    """The clipped surrogate on a minibatch. Dropout is off, as it was at rollout (trap T7)."""
+
+    def network(params: Params, minibatch: Rollout, _: None) -> dict[str, Array]:
+        return model.token_statistics(
+            params, model_config, minibatch.layout, temperature=config.temperature
+        )
+
+    def loss(statistics: dict[str, Array], minibatch: Rollout, normalizer: Array | None):
+        loss, metrics = clipped_policy_loss(
+            statistics["logp"],
+            minibatch.old_logp_BxL,
+            minibatch.advantage_BxL,
+            minibatch.mask_BxL,
+            config.clip_range,
+            normalizer,
+        )
+        entropy = masked_mean(jax.lax.stop_gradient(statistics["entropy"]), minibatch.mask_BxL)
+        return loss, metrics | {"entropy": entropy}
+
+    return Objective(network, loss, _response_tokens)
+
+
+def value_objective(reward_config: ModelConfig, config: PpoConfig) -> Objective:
+    """The clipped squared error to the returns."""
+
+    def network(params: Params, minibatch: Rollout, _: None) -> Array:
+        return values_before(params, reward_config, minibatch.layout)
+
+    def loss(value_BxL: Array, minibatch: Rollout, normalizer: Array | None):
+        return clipped_value_loss(
+            value_BxL,
+            minibatch.old_value_BxL,
+            minibatch.return_BxL,
+            minibatch.mask_BxL,
+            config.value_clip_range,
+            normalizer,
+        )
+
+    return Objective(network, loss, _response_tokens)
+
+
+def _response_tokens(minibatch: Rollout) -> Array:
+    return minibatch.mask_BxL.sum(dtype=jnp.float32)
+
+
+def ptx_objective(model_config: ModelConfig, config: PpoConfig) -> Objective:
+    """-E log pi(x) on pretraining text: mean over tokens, or sum over a row and mean over rows."""
+
+    def count(batch: LmBatch) -> Array:
+        weight_BxL = batch.weight_BxL
+        return weight_BxL.sum() if config.ptx_loss == "mean" else weight_BxL.shape[0]
+
+    def network(params: Params, batch: LmBatch, _: None) -> Array:
+        return model.token_logprobs(params, model_config, batch.layout)
+
+    def loss(logp_BxL: Array, batch: LmBatch, normalizer: Array | None):
+        if normalizer is None and config.ptx_loss == "sum":
+            normalizer = count(batch)
+        weight_BxL = batch.weight_BxL
+        return masked_nll(logp_BxL, weight_BxL != 0, normalizer, weight_BxT=weight_BxL)
+
+    return Objective(network, loss, count)
+
+
 def policy_loss(
     params: Params, model_config: ModelConfig, config: PpoConfig, minibatch: Rollout
 ) -> tuple[Array, dict[str, Array]]:
-    """The clipped surrogate on a minibatch. Dropout is off, as it was at rollout (trap T7)."""
-    statistics = model.token_statistics(
-        params, model_config, minibatch.layout, temperature=config.temperature
-    )
-    loss, metrics = clipped_policy_loss(
-        statistics["logp"],
-        minibatch.old_logp_BxL,
-        minibatch.advantage_BxL,
-        minibatch.mask_BxL,
-        config.clip_range,
-    )
-    entropy = masked_mean(jax.lax.stop_gradient(statistics["entropy"]), minibatch.mask_BxL)
-    return loss, metrics | {"entropy": entropy}
+    """(loss, metrics) of :func:`policy_objective`."""
+    return policy_objective(model_config, config)(params, minibatch)
 
 
 def value_loss(
     params: Params, reward_config: ModelConfig, config: PpoConfig, minibatch: Rollout
 ) -> tuple[Array, dict[str, Array]]:
-    return clipped_value_loss(
-        values_before(params, reward_config, minibatch.layout),
-        minibatch.old_value_BxL,
-        minibatch.return_BxL,
-        minibatch.mask_BxL,
-        config.value_clip_range,
-    )
+    """(loss, metrics) of :func:`value_objective`."""
+    return value_objective(reward_config, config)(params, minibatch)
 
 
 def ptx_loss(
     params: Params, model_config: ModelConfig, config: PpoConfig, batch: LmBatch
 ) -> tuple[Array, dict[str, Array]]:
-    """-E log pi(x) on pretraining text: mean over tokens, or sum over a row and mean over rows."""
-    logp_BxL = model.token_logprobs(params, model_config, batch.layout)
-    normalizer = None if config.ptx_loss == "mean" else batch.weight_BxL.shape[0]
-    return masked_nll(logp_BxL, batch.weight_BxL != 0, normalizer, weight_BxT=batch.weight_BxL)
+    """(loss, metrics) of :func:`ptx_objective`."""
+    return ptx_objective(model_config, config)(params, batch)
 
 
 def policy_gradients(
@@ -88,13 +136,19 @@ def policy_gradients(
     minibatch: Rollout,
     ptx_batch: LmBatch,
 ) -> tuple[Params, dict[str, Array]]:
-    """rl_coef * grad(PPO loss) + gamma * grad(ptx loss), with both norms and their cosine."""
+    """rl_coef * grad(PPO loss) + gamma * grad(ptx loss), with both norms and their cosine.
+
+    Each of the two is whole, of all its microbatches, before they meet.
+    """
+    surrogate = policy_objective(model_config, config)
+    pretraining = ptx_objective(model_config, config)
+    microbatches = config.grad_accumulation
     if config.rl_coef == 0.0:
         # The gradient would be multiplied by 0; the loss is measured all the same, for the figures.
-        policy = policy_loss(params, model_config, config, minibatch)[1]
+        policy = measure(surrogate, params, minibatch, microbatches)
         grads = jax.tree.map(jnp.zeros_like, params)
     else:
-        grads, policy = jax.grad(policy_loss, has_aux=True)(params, model_config, config, minibatch)
+        grads, policy = gradient(surrogate, params, minibatch, microbatches)
     if config.rl_coef not in (0.0, 1.0):
         grads = jax.tree.map(lambda g: config.rl_coef * g, grads)
     metrics = {
@@ -112,9 +166,9 @@ def policy_gradients(
         norm = global_norm(grads)
         metrics |= {"grad_norm/ppo": norm, "grad_norm/policy": norm}
         if config.ptx_at_zero == "measure":
-            metrics["ptx/nll"] = ptx_loss(params, model_config, config, ptx_batch)[1]["nll"]
+            metrics["ptx/nll"] = measure(pretraining, params, ptx_batch, microbatches)["nll"]
         return grads, metrics
-    ptx_grads, ptx = jax.grad(ptx_loss, has_aux=True)(params, model_config, config, ptx_batch)
+    ptx_grads, ptx = gradient(pretraining, params, ptx_batch, microbatches)
     grads, norms = combine_gradients(grads, ptx_grads, config.ptx_coef)
     metrics |= {
         "ptx/nll": ptx["nll"],
@@ -156,9 +210,8 @@ def ppo_update(
 def _value_update(
     state: TrainState, minibatch: Rollout, config: PpoConfig, reward_config: ModelConfig, optimizer
 ) -> tuple[TrainState, dict[str, Array]]:
-    grads, value = jax.grad(value_loss, has_aux=True)(
-        state.params, reward_config, config, minibatch
-    )
+    objective = value_objective(reward_config, config)
+    grads, value = gradient(objective, state.params, minibatch, config.grad_accumulation)
     metrics = {
         "ppo/loss/value": value["loss"],
         "ppo/val/vpred": value["vpred"],
