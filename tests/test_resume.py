@@ -146,6 +146,7 @@ def test_a_run_killed_twice_is_bit_identical(config, whole, tmp_path):
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3600)
 def test_twenty_kills_at_random_moments(config, whole, tmp_path):
     print(
         "killed after rows", kill(config, whole, "soaked", tmp_path, random.Random(2024), kills=20)

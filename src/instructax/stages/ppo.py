@@ -184,8 +184,6 @@ def _programs(
             model_config=config.model,
             reward_config=run.reward_model,
             eos_id=run.tokenizer.eos_id,
-            reward_gain=scale["gain"],
-            reward_bias=scale["bias"],
         )
     )
     update = jax.jit(
@@ -228,6 +226,9 @@ def _programs(
             state.kl_coef,
             jax.random.fold_in(score_key, i),
             rows(everyone, prompt_batch.mask_BxP, length_B, shards=shards)[0],
+            # Arguments and not constants: other seeds have other scales, and the same program.
+            reward_gain=scale["gain"],
+            reward_bias=scale["bias"],
         )
         order_UxM = np.asarray(order(jax.random.fold_in(order_key, i)))
         source_UxRxL = rows(
