@@ -13,8 +13,9 @@ import pytest
 
 from instructax.config import UserError
 from instructax.runtime import environment
-from instructax.runtime.loop import StopSignal, run_steps
+from instructax.runtime.loop import run_steps
 from instructax.runtime.metrics import MetricsWriter
+from instructax.runtime.stopping import StopSignal, leave_if_stopped, leaving_on_sigterm
 
 
 class Run:
@@ -141,6 +142,41 @@ def test_a_second_interrupt_ends_at_once(run):
     with pytest.raises(KeyboardInterrupt):
         run(step)
     assert run.saved == []
+
+
+def test_a_signal_before_the_first_step_runs_and_saves_nothing(run, monkeypatch, capsys):
+    """It came while the stage looked at its samples, say, or read a checkpoint."""
+
+    def requested(self, step):
+        self.signal = signal.SIGTERM
+        return True
+
+    monkeypatch.setattr(StopSignal, "requested", requested)
+    with pytest.raises(SystemExit) as leave:
+        run(loss_of, start=4)
+    assert leave.value.code == 143 and run.saved == [] and run.rows == []
+    assert "sft, after step 4 of 6" in capsys.readouterr().err
+
+
+def test_outside_of_loops_sigterm_ends_a_lone_process_like_an_interrupt(run, capsys):
+    before, ended = signal.getsignal(signal.SIGTERM), []
+    with pytest.raises(SystemExit) as leave, leaving_on_sigterm():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            ended.append("cleanly")
+    assert leave.value.code == 143 and ended and signal.getsignal(signal.SIGTERM) is before
+    assert "continue" in capsys.readouterr().err
+
+    def step(i):
+        if i == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        leave_if_stopped()
+        return loss_of(i)
+
+    with pytest.raises(SystemExit), leaving_on_sigterm():
+        run(step)
+    assert run.saved == [2], "a loop inside of it saves first"
 
 
 def test_without_a_terminal_progress_is_plain_lines(run, capsys):

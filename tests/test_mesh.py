@@ -143,7 +143,7 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 from instructax.config import Config, PpoConfig, UserError
-from instructax.runtime import checkpoint, distributed, loop, mesh, metrics
+from instructax.runtime import checkpoint, distributed, loop, mesh, metrics, stopping
 from jax.sharding import Mesh, AxisType
 
 distributed.initialize_if_needed()
@@ -200,7 +200,7 @@ whole = mesh.to_host({"w": placed, "host": rows, "one": back["w"].sum()})
 assert np.array_equal(whole["w"], rows) and whole["one"] == rows.sum()
 
 def run(step, total):
-    with loop.StopSignal() as stop, metrics.MetricsWriter(folder + "-run") as writer:
+    with stopping.StopSignal() as stop, metrics.MetricsWriter(folder + "-run") as writer:
         loop.run_steps(name="sft", start=0, total=total, step=step, save=saved.append,
                        save_at=lambda done: done % (1000) == 0, writer=writer, show=(), stop=stop)
 
@@ -223,14 +223,42 @@ print("passed")
 """
 
 
-def test_two_processes_agree_share_batches_and_checkpoints_and_stop_together(tmp_path, monkeypatch):
-    port = 20_000 + os.getpid() % 20_000
+# SIGTERM reaches one process outside of any loop, while both sample or evaluate.
+OUTSIDE_OF_LOOPS = """
+import os, signal, time
+import jax
+jax.config.update("jax_platforms", "cpu")
+import numpy as np
+import pytest
+from jax.experimental import multihost_utils
+from instructax.runtime import distributed, stopping
+
+distributed.initialize_if_needed()
+with pytest.raises(SystemExit) as left, stopping.leaving_on_sigterm():
+    for batch in range(1000):
+        if batch == 3 and jax.process_index() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.02)
+        stopping.leave_if_stopped()
+assert left.value.code == 143 and 3 <= batch < 999
+assert len(set(multihost_utils.process_allgather(np.array(batch)).tolist())) == 1
+print("passed")
+"""
+
+
+@pytest.mark.parametrize(
+    "program", [TWO_PROCESSES, OUTSIDE_OF_LOOPS], ids=["in a loop", "outside of loops"]
+)
+def test_two_processes_agree_share_batches_and_checkpoints_and_stop_together(
+    program, tmp_path, monkeypatch
+):
+    port = 20_000 + (os.getpid() * 3 + len(program)) % 20_000
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", f"127.0.0.1:{port}")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     processes = []
     for index in range(2):
         monkeypatch.setenv("JAX_PROCESS_ID", str(index))
-        processes.append(run_python(TWO_PROCESSES, str(tmp_path / "checkpoints")))
+        processes.append(run_python(program, str(tmp_path / "checkpoints")))
     try:
         outputs = [process.communicate(timeout=100)[0] for process in processes]
     finally:

@@ -17,7 +17,7 @@ import pytest
 import recipe
 
 from instructax import resolve
-from instructax.runtime.loop import StopSignal
+from instructax.runtime.stopping import StopSignal
 from instructax.stages import ppo, pretrain, reward, sft
 from instructax.stages.context import run_folder
 

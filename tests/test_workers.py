@@ -14,7 +14,7 @@ import pytest
 
 from instructax.config import UserError
 from instructax.runtime import workers
-from instructax.runtime.loop import StopSignal
+from instructax.runtime.stopping import StopSignal
 
 PIECES = """
 import functools, pathlib, sys

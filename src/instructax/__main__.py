@@ -49,7 +49,10 @@ OF_MAIN = ("report",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 refused with one line on stderr, 130 interrupted; a stage may raise SystemExit."""
+    """Exit code: 0 done, 2 refused with one line on stderr, 130 interrupted.
+
+    A stage may raise SystemExit: 143 after SIGTERM.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         _main(arguments)
@@ -91,9 +94,11 @@ def _main(arguments: list[str]) -> None:
         stage.run(config, **more, **given)
         return
     from instructax.runtime.distributed import is_main, join, on_main
+    from instructax.runtime.stopping import leaving_on_sigterm
 
     join(config)
-    with contextlib.nullcontext() if is_main() else contextlib.redirect_stdout(_Nowhere()):
+    heard = contextlib.nullcontext() if is_main() else contextlib.redirect_stdout(_Nowhere())
+    with leaving_on_sigterm(), heard:
         if verb in OF_MAIN:
             on_main(lambda: bool(stage.run(config, **more)))
         else:

@@ -2,61 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import multiprocessing
-import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
-from types import FrameType
 from typing import Any, Self
 
-from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from instructax.config import UserError
-from instructax.runtime.distributed import are_many, is_main
+from instructax.runtime.distributed import is_main
 from instructax.runtime.metrics import MetricsWriter, scalars
+from instructax.runtime.stopping import StopSignal, leave
 
 _PLAIN_SECONDS = 10.0
-# Processes agree on a moment by a number that only grows; steps begin anew with every stage.
-_moments = itertools.count(1)
-
-
-class StopSignal:
-    """Within it SIGTERM and SIGINT set a flag instead of ending the program.
-
-    A second SIGINT interrupts at once. With many processes JAX's preemption service, which caught
-    the SIGTERM of any of them, makes all see it at the same step.
-    """
-
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def requested(self, step: int) -> bool:
-        """Whether to stop after ``step``; every process must ask about every step."""
-        if are_many() and multihost_utils.reached_preemption_sync_point(next(_moments)):
-            self.signal = signal.SIGTERM
-        return self.signal is not None
-
-    def __enter__(self) -> Self:
-        # The preemption service of many processes has its own handler of SIGTERM.
-        caught = [signal.SIGTERM, signal.SIGINT] if not are_many() else []
-        for number in caught:
-            self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is signal.SIGINT and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = signal.Signals(number)
 
 
 def run_steps(
@@ -88,8 +49,11 @@ def run_steps(
 
     Raises:
       UserError: a guarded metric is not finite.
-      SystemExit: 143 after SIGTERM, 130 after SIGINT, the state being saved.
+      SystemExit: 143 after SIGTERM, 130 after SIGINT, the state being saved; without a step where
+        the signal came before the first.
     """
+    if stop.requested(start):
+        _leave(name, start, total, stop)
     pending: tuple[int, Mapping[str, Any]] | None = None
     with _progress(name, start, total, show) as display:
 
@@ -119,18 +83,12 @@ def run_steps(
             if stopping:
                 break
     if stop.signal is not None:
-        _leave(name, done if start < total else start, total, stop.signal)
+        _leave(name, done if start < total else start, total, stop)
 
 
-def _leave(name: str, done: int, total: int, number: signal.Signals) -> None:
-    if is_main():
-        print(
-            f"{name}: stopped by {number.name} after step {done} of {total}, all saved; "
-            "run the same command again to continue",
-            file=sys.stderr,
-            flush=True,
-        )
-    raise SystemExit(128 + number)
+def _leave(name: str, done: int, total: int, stop: StopSignal) -> None:
+    assert stop.signal is not None
+    leave(f"{name}, after step {done} of {total}", stop.signal)
 
 
 def _check_finite(name: str, done: int, row: Mapping[str, float], guard: tuple[str, ...]) -> None:

@@ -21,7 +21,7 @@ import jax
 from instructax.config import UserError
 from instructax.runtime.distributed import are_many
 from instructax.runtime.environment import enable_compile_cache
-from instructax.runtime.loop import StopSignal
+from instructax.runtime.stopping import StopSignal, leaving_on_sigterm
 
 Piece = Callable[[], object]
 _POLL_SECONDS = 0.2
@@ -104,7 +104,8 @@ def _work(piece: Piece, share: list[int], cache: str | None) -> None:
         enable_compile_cache(cache)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        piece()
+        with leaving_on_sigterm():
+            piece()
     except UserError as error:
         print(f"instructax: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None

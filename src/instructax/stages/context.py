@@ -18,6 +18,7 @@ from instructax.interop import safetensors_io
 from instructax.models import functional as model
 from instructax.runtime import checkpoint, mesh
 from instructax.runtime.distributed import agree, all_see, is_main, join, on_main
+from instructax.runtime.stopping import leave_if_stopped
 
 Params = Any
 
@@ -57,8 +58,9 @@ def run_folder(config: Config) -> Path:
 
 
 def open_run(config: Config) -> Run:
-    """Join the other processes, lay out the mesh, read the tokenizer."""
+    """Join the other processes, lay out the mesh, read the tokenizer; or leave, where a stop was asked for."""
     join(config)
+    leave_if_stopped()
     folder = run_folder(config)
     tokenizer = Tokenizer.from_file(tokenizer_path(config))
     agree("tokenizer", tokenizer.hash)

@@ -26,8 +26,9 @@ from instructax.rl.packing import episode_rows
 from instructax.runtime import mesh
 from instructax.runtime.checkpoint import Checkpoints
 from instructax.runtime.folder import open_run as open_folder
-from instructax.runtime.loop import StopSignal, run_steps
+from instructax.runtime.loop import run_steps
 from instructax.runtime.metrics import MetricsWriter, append_samples
+from instructax.runtime.stopping import StopSignal
 from instructax.stages import data
 from instructax.stages.context import Run, checkpoint_meta, load_params, open_run, write_json
 from instructax.stages.pretrain import held_out_nll

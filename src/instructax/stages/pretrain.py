@@ -15,6 +15,7 @@ from instructax.data.pipeline import derive_seed
 from instructax.models import functional as model
 from instructax.records import Record
 from instructax.runtime import mesh
+from instructax.runtime.stopping import leave_if_stopped
 from instructax.stages import data
 from instructax.stages.context import Run, load_params, open_run
 from instructax.stages.training import train
@@ -97,6 +98,7 @@ def held_out_nll(
         total = tokens = 0.0
         nll = {}
         for topic, of_topic in batches.items():
+            leave_if_stopped()
             results = jax.device_get([measured(params, batch) for batch in of_topic])
             count = float(sum(r["tokens"] for r in results))
             summed = float(sum(r["nll"] * r["tokens"] for r in results))

@@ -21,6 +21,7 @@ from instructax.losses.ranking import ranked_pairs
 from instructax.models import functional as model
 from instructax.records import prompt_text
 from instructax.runtime import mesh
+from instructax.runtime.stopping import leave_if_stopped
 from instructax.stages import data
 from instructax.stages.context import Run, load_params, longest_example, open_run, write_json
 from instructax.stages.training import train
@@ -179,6 +180,7 @@ class Evaluator:
         against_gold: list[float] = []
         gold_on_labels: list[float] = []
         for batch, indices in self._batches:
+            leave_if_stopped()
             score_NxK, p_NxKxK, preferred_NxKxK = mesh.to_host(self._pairs(params, batch))
             for n, i in enumerate(indices):
                 record: Mapping[str, Any] = self._records[i]
@@ -289,6 +291,7 @@ class DemonstrationMean:
     def __call__(self, params: Params) -> float:
         total, count = 0.0, 0
         for host in self._batches:
+            leave_if_stopped()
             batch = mesh.put_batch(self._run.mesh, host)
             score_NxK = mesh.to_host(self._score(params, batch=batch))
             total += float(score_NxK[host.valid_NxK].sum())

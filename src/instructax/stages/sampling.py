@@ -18,6 +18,7 @@ from instructax.records import Record
 from instructax.rl.generate import CUT_BY_LENGTH
 from instructax.rl.packing import episode_rows, on_rows
 from instructax.runtime import mesh
+from instructax.runtime.stopping import leave_if_stopped
 from instructax.stages.context import Run
 from instructax.steps.rollout import episode_layout, response_scores, sample_responses
 
@@ -135,6 +136,7 @@ class Sampler:
         """One response a prompt, in order. ``reward`` adds scores, ``reference`` log-ratios."""
         found: list[Sample] = []
         for prompts, real in self._batches:
+            leave_if_stopped()
             batch = mesh.put_batch(self._run.mesh, prompts)
             drawn = self._sample(params, key, batch)
             responses = mesh.to_host(drawn)

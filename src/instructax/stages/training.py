@@ -14,8 +14,9 @@ from instructax.models import functional as model
 from instructax.runtime import mesh
 from instructax.runtime.checkpoint import Checkpoints
 from instructax.runtime.folder import open_run as open_folder
-from instructax.runtime.loop import StopSignal, run_steps
+from instructax.runtime.loop import run_steps
 from instructax.runtime.metrics import MetricsWriter
+from instructax.runtime.stopping import StopSignal
 from instructax.stages.context import Run, checkpoint_meta
 from instructax.steps.state import TrainState, create
 
