@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -189,7 +190,26 @@ def test_environment_is_json_and_names_no_path():
     assert json.loads(json.dumps(described)) == described
     assert described["packages"]["jax"] == jax.__version__ and described["devices"]["count"] >= 1
     folder = str(Path(environment.__file__).parents[1])
+    assert described["instructax"] and len(described["sources"]) == 12
     assert folder not in json.dumps({**described, "argv": []})
+
+
+def test_the_hash_of_the_sources_is_of_their_contents_and_not_of_their_place(tmp_path, monkeypatch):
+    of_here = environment.sources_hash()
+    package = tmp_path / "site-packages" / "instructax"
+    shutil.copytree(Path(environment.instructax.__file__).parent, package)
+
+    def of_copy() -> str:
+        environment.sources_hash.cache_clear()
+        return environment.sources_hash()
+
+    monkeypatch.setattr(environment.instructax, "__file__", str(package / "__init__.py"))
+    try:
+        assert of_copy() == of_here and environment._git_commit() is None
+        (package / "masking.py").write_text("# another\n")
+        assert of_copy() != of_here
+    finally:
+        environment.sources_hash.cache_clear()
 
 
 def test_peak_memory_is_in_bytes():

@@ -31,10 +31,14 @@ _PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Versions, devices, processor count, git commit and arguments, ready for JSON."""
+    """Versions, devices, processor count, sources and arguments, ready for JSON.
+
+    ``git`` is null where the package is installed; ``sources`` tells what it was made of all the same.
+    """
     devices = jax.devices()
     return {
         "instructax": instructax.__version__,
+        "sources": sources_hash(),
         "git": _git_commit(),
         "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "python": platform.python_version(),
@@ -48,15 +52,21 @@ def environment() -> dict[str, Any]:
 
 
 @functools.cache
-def code_version() -> str:
-    """The package's version with a hash of its files and of the versions of what it stands on."""
+def sources_hash() -> str:
+    """Twelve digits of the SHA-256 of the package's files and their names: equal in a checkout and installed."""
     digest = hashlib.sha256()
     folder = Path(instructax.__file__).parent
     for path in sorted([*folder.rglob("*.py"), *folder.rglob("*.j2")]):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
         digest.update(path.read_bytes() + b"\0")
-    digest.update(repr([_version(name) for name in _PACKAGES]).encode())
-    return f"{instructax.__version__} {digest.hexdigest()[:12]}"
+    return digest.hexdigest()[:12]
+
+
+@functools.cache
+def code_version() -> str:
+    """The package's version with a hash of its sources and of the versions of what it stands on."""
+    versions = [sources_hash(), *(_version(name) for name in _PACKAGES)]
+    return f"{instructax.__version__} {hashlib.sha256(repr(versions).encode()).hexdigest()[:12]}"
 
 
 def peak_rss_bytes(workers: int = 1) -> int:
