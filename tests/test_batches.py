@@ -1,12 +1,14 @@
-"""How segments come to lie in rows."""
+"""How segments come to lie in rows, and the door of a layout."""
 
 from __future__ import annotations
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instructax.batches import first_fit
+from instructax.batches import Layout, check_layout, first_fit, padded_layout
 
 
 @given(st.lists(st.integers(0, 10), max_size=40))
@@ -27,3 +29,52 @@ def test_first_fit_places_each_item_once_where_it_first_fits(sizes):
 def test_first_fit_refuses_what_fits_nowhere():
     with pytest.raises(ValueError, match=r"size_n\[1\] is 11"):
         first_fit([3, 11], 10)
+
+
+TOKEN, MASK = np.ones((2, 3), np.int32), np.ones((2, 3), bool)
+
+
+@pytest.mark.parametrize("xp", [np, jnp])
+@pytest.mark.parametrize("dtype", ["int8", "uint16", "int32"])
+def test_any_integers_are_tokens_and_all_four_arrays_are_int32(xp, dtype):
+    layout = padded_layout(xp.asarray(TOKEN, dtype), xp.asarray(MASK))
+    check_layout(layout)
+    for array in (layout.token_BxL, layout.position_BxL, layout.segment_BxL, layout.prefix_BxL):
+        assert array.shape == (2, 3) and array.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_tokens_of_another_dtype_and_masks_of_numbers_are_refused_by_name(xp):
+    """A float token would be cut to an id, silently: 7.9 would be token 7."""
+    for dtype in ("float32", "float16", "bool"):
+        with pytest.raises(TypeError) as refused:
+            padded_layout(xp.asarray(TOKEN, dtype), xp.asarray(MASK))
+        assert str(refused.value) == f"token_BxL must be integer, got {dtype}"
+    for dtype in ("float32", "int32"):
+        with pytest.raises(TypeError) as refused:
+            padded_layout(xp.asarray(TOKEN), xp.asarray(MASK, dtype))
+        assert str(refused.value) == f"mask_BxL must be bool, got {dtype}"
+    with pytest.raises(TypeError, match="^token_BxL must be an array, got list$"):
+        padded_layout(TOKEN.tolist(), MASK)
+
+
+@pytest.mark.parametrize("name, good", [("token_BxL", TOKEN), ("mask_BxL", MASK)])
+def test_a_layouts_arguments_of_another_rank_or_shape_are_refused_by_name(name, good):
+    arguments = {"token_BxL": TOKEN, "mask_BxL": MASK}
+    for other in (good[0], good[None]):
+        with pytest.raises(ValueError) as refused:
+            padded_layout(**{**arguments, name: other})
+        assert str(refused.value) == f"{name} must have rank 2, got shape {other.shape}"
+    for other in (good[:1], good[:, :1]):  # never broadcast
+        with pytest.raises(ValueError, match="^mask_BxL has shape .* but token_BxL has shape"):
+            padded_layout(**{**arguments, name: other})
+
+
+def test_a_layout_of_other_arrays_is_refused_by_name():
+    """What it refuses of each array, tests/test_functional.py tries through the model's doors."""
+    with pytest.raises(TypeError, match="^layout must be a Layout, got tuple$"):
+        check_layout((TOKEN,) * 4)
+    with pytest.raises(TypeError, match="^layout.prefix_BxL must be integer, got bool$"):
+        check_layout(Layout(TOKEN, TOKEN, TOKEN, MASK))
+    with pytest.raises(ValueError, match="^layout.segment_BxL has shape"):
+        check_layout(Layout(TOKEN, TOKEN, TOKEN[:1], TOKEN))

@@ -284,6 +284,29 @@ def test_sizes_of_the_chunked_logprobs_are_refused_by_name():
         assert str(refused.value) == message
 
 
+@pytest.mark.parametrize("name", ["chunked_token_statistics", "sample_tokens"])
+def test_temperatures_are_real_scalars_and_do_not_raise_the_precision(name):
+    if name == "sample_tokens":
+        keys = jax.random.split(jax.random.key(0), B)
+        call = functools.partial(sample_tokens, keys, F_BxK)
+    else:
+        function, arguments, _ = DOORS[name]
+        call = functools.partial(function, **arguments)
+    expected = call(temperature=0.5)
+    for same in (np.float32(0.5), np.float64(0.5), jnp.float32(0.5)):
+        with jax.enable_x64(True):
+            out = call(temperature=same)
+        jax.tree.map(np.testing.assert_array_equal, out, expected)
+        assert [x.dtype for x in out] == [x.dtype for x in expected]
+    for bad, got in (("0.5", "str"), (None, "NoneType"), (True, "bool"), (1j, "complex")):
+        with pytest.raises(TypeError) as refused:
+            call(temperature=bad)
+        assert str(refused.value) == f"temperature must be a real number, got {got}"
+    with pytest.raises(ValueError) as refused:
+        call(temperature=F_B)
+    assert str(refused.value) == "temperature must be a scalar, got shape (3,)"
+
+
 # --- finite at the edges
 
 FULL, EMPTY = np.ones((2, 3), bool), np.zeros((2, 3), bool)
@@ -428,35 +451,26 @@ def test_sampling_is_finite_for_logits_of_1e4(options):
 def of_model():
     def total(lm, scalar, layout):
         statistics = model.token_statistics(lm, tiny.MODEL, layout)
+        logp = model.token_logprobs(lm, tiny.MODEL, layout)
         value = model.scalars(scalar, tiny.MODEL, layout)
-        everything = statistics["logp"].sum() + statistics["entropy"].sum() + value.sum()
-        return everything, (statistics, value)
+        everything = (statistics, logp, value)
+        return sum(x.sum() for x in jax.tree.leaves(everything)), everything
 
     return jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 def test_the_model_is_finite_on_empty_rows_single_tokens_and_logits_of_1e4(scale):
-    lm, scalar = tiny.params(), tiny.params(1, "scalar")
-    loud = lm | {"final_norm": jax.tree.map(lambda x: scale * x, lm["final_norm"])}
+    lm, scalar = (
+        params | {"final_norm": jax.tree.map(lambda x: scale * x, params["final_norm"])}
+        for params in (tiny.params(), tiny.params(1, "scalar"))
+    )
     mask = np.array([[False] * 5, [False, True, False, False, False], [True] * 5])
     layout = padded_layout(tiny.tokens(3, 5), mask)
-    (_, (statistics, value)), grads = of_model()(loud, scalar, layout)
-    finite((statistics, value, grads), scale)
+    (_, (statistics, logp, value)), grads = of_model()(lm, scalar, layout)
+    finite((statistics, logp, value, grads), scale)
     np.testing.assert_array_equal(np.asarray(statistics["logp"])[:2], 0.0)
+    np.testing.assert_array_equal(logp, statistics["logp"])
     assert not np.any(np.asarray(value)[~mask])
     if scale > 1:
-        assert np.asarray(statistics["logp"]).min() < -1e3
-
-
-def test_the_layouts_door_names_its_arguments():
-    token, mask = np.ones((2, 3), np.int32), np.ones((2, 3), bool)
-    for arguments, error, name in (
-        ((token[0], mask), ValueError, "token_BxL"),
-        ((token, mask[:1]), ValueError, "mask_BxL"),
-        ((token, mask.astype(np.int32)), TypeError, "mask_BxL"),
-    ):
-        with pytest.raises(error, match=f"^{name} "):
-            padded_layout(*arguments)
-    with pytest.raises(ValueError, match="^head must be"):
-        model.init(jax.random.key(0), tiny.MODEL, "value")
+        assert logp.min() < -1e3 and np.abs(np.asarray(value)).max() > 1e3

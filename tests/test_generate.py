@@ -164,3 +164,33 @@ def test_a_pad_that_is_eos_is_kept_apart_by_the_mask():
     )  # fmt: skip
     np.testing.assert_array_equal(responses.token_BxT, [[2, 2, 2]])
     np.testing.assert_array_equal(responses.mask_BxT, [[True, False, False]])
+
+
+@pytest.mark.parametrize(
+    "error, message, change",
+    [
+        (TypeError, "key must be a typed random key", {"key": jax.random.PRNGKey(0)}),
+        (ValueError, "key must have rank 0", {"key": jax.random.split(KEY, 2)}),
+        (TypeError, "episode_B must be integer, got float32", {"episode": np.zeros(1, np.float32)}),
+        (ValueError, "episode_B must have rank 1", {"episode": np.zeros((1, 1), np.int32)}),
+        (TypeError, "logits_BxV must be floating, got int32", {"logits": np.zeros((1, 9), int)}),
+        (ValueError, "logits_BxV must have rank 2", {"logits": np.zeros(9, np.float32)}),
+        (ValueError, "key_B has 1 rows, but logits_BxV has 2", {"logits": np.zeros((2, 9), "f4")}),
+        (ValueError, "valid_vocab must be in", {"logits": np.zeros((1, 7), np.float32)}),
+        (TypeError, "temperature must be a real number, got str", {"temperature": "1"}),
+        (ValueError, "response_length must be at least 1, got 0", {"length": 0}),
+    ],
+)
+def test_what_it_is_given_is_refused_by_name(error, message, change):
+    good = {"key": KEY, "episode": np.zeros(1, np.int32), "temperature": 1.0, "length": 2,
+            "logits": np.zeros((1, 9), np.float32)}  # fmt: skip
+    given = {**good, **change}
+    prompts = PromptBatch(np.ones((1, 1), np.int32), np.ones((1, 1), bool), given["episode"])
+    with pytest.raises(error, match=f"^{message}"):
+        generate(
+            given["key"], prompts,
+            lambda token, mask: (jnp.asarray(given["logits"]), 0),
+            lambda token, carry: (jnp.asarray(given["logits"]), carry),
+            response_length=given["length"], temperature=given["temperature"],
+            eos_id=2, pad_id=0, vocab_size=9,
+        )  # fmt: skip

@@ -108,6 +108,15 @@ def test_a_cosine_stays_in_its_range_where_rounding_would_leave_it():
     assert combine_gradients(ones, {"x": -jnp.ones(3)}, 1.0)[1]["grad_cosine"] == -1.0
 
 
+def test_a_float64_gamma_gives_what_its_float32_rounding_gives():
+    ppo, ptx = draw(6), draw(7)
+    with jax.enable_x64(True):
+        wide, narrow = (
+            combine_gradients(ppo, ptx, gamma(27.8))[0] for gamma in (np.float64, np.float32)
+        )
+    assert bits(wide) == bits(narrow)
+
+
 def test_the_door():
     ppo = draw(5)
     with pytest.raises(ValueError, match="ptx_grads"):

@@ -116,6 +116,22 @@ def test_huge_log_ratios_are_clamped_and_counted():
     np.testing.assert_allclose(metrics["ratio_max_deviation"], math.exp(20), rtol=1e-6)
 
 
+@pytest.mark.parametrize("log_ratio, clamped", [(-25.0, -20.0), (25.0, 20.0)])
+def test_a_clamped_token_keeps_the_limits_ratio_and_has_no_gradient(log_ratio, clamped):
+    old, mask = np.zeros((1, 1), np.float32), np.ones((1, 1), bool)
+    advantage = np.full((1, 1), -np.sign(log_ratio), np.float32)  # where clipping does not act
+    run = functools.partial(surrogate.clipped_policy_loss, clip_range=0.2)
+    (loss, metrics), grad = jax.value_and_grad(run, has_aux=True)(
+        jnp.full((1, 1), log_ratio), old, advantage, mask
+    )
+    np.testing.assert_allclose(metrics["ratio"], math.exp(clamped), rtol=1e-5)
+    np.testing.assert_allclose(loss, -advantage[0, 0] * math.exp(clamped), rtol=1e-5)
+    assert grad == 0 and metrics["logratio_clamped_fraction"] == 1
+    # Exactly at the limit nothing is changed, and nothing is counted.
+    _, metrics = run(np.full((1, 1), clamped, np.float32), old, advantage, mask)
+    assert metrics["logratio_clamped_fraction"] == 0
+
+
 def test_microbatches_add_up():
     logp, old_logp, advantage, mask = draw(5)
 
@@ -127,6 +143,14 @@ def test_microbatches_add_up():
     parts = [metrics(slice(i, i + 1), mask.sum()) for i in range(3)]
     for name in ("loss", "approxkl", "clipfrac", "ratio", "logratio_clamped_fraction"):
         np.testing.assert_allclose(sum(p[name] for p in parts), whole[name], rtol=1e-5)
+
+
+def test_a_float64_clip_range_gives_what_its_float32_rounding_gives():
+    arguments = draw(7, (8, 16))
+    with jax.enable_x64(True):
+        wide = surrogate.clipped_policy_loss(*arguments, np.float64(0.3))
+        narrow = surrogate.clipped_policy_loss(*arguments, np.float32(0.3))
+    jax.tree.map(np.testing.assert_array_equal, wide, narrow)
 
 
 def test_empty_dtypes_and_door():

@@ -109,6 +109,14 @@ def test_microbatches_add_up():
         np.testing.assert_allclose(sum(p[name] for p in parts), whole[name], rtol=1e-5)
 
 
+def test_a_float64_clip_range_gives_what_its_float32_rounding_gives():
+    arguments = draw(8, (8, 16))
+    with jax.enable_x64(True):
+        wide = value.clipped_value_loss(*arguments, np.float64(0.3))
+        narrow = value.clipped_value_loss(*arguments, np.float32(0.3))
+    jax.tree.map(np.testing.assert_array_equal, wide, narrow)
+
+
 def test_empty_dtypes_and_door():
     v, old, returns, mask = draw(7)
     run = value.clipped_value_loss

@@ -100,3 +100,17 @@ def test_door_dtypes_and_edges():
         assert wide[0].dtype == wide[1].dtype == jnp.float64
     none = np.zeros((2, 0), np.float32)
     assert generalized_advantage(none, none, none.astype(bool), 1.0, 0.95)[0].shape == (2, 0)
+
+
+@pytest.mark.parametrize("wide", [0, 1])
+def test_the_precision_is_that_of_the_wider_argument(wide):
+    """Where either is float64 all is computed in it, discount and lambda included."""
+    *arrays, mask = draw(8)
+    arrays[wide] = arrays[wide].astype(np.float64)
+    with jax.enable_x64(True):
+        out = generalized_advantage(*arrays, mask, 0.9, 0.7)
+    for got, expected in zip(
+        out, oracles.generalized_advantage(*arrays, mask, 0.9, 0.7), strict=True
+    ):
+        assert got.dtype == np.float64
+        np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-14)

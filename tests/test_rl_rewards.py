@@ -85,6 +85,19 @@ def test_door_and_dtypes():
         assert rewards.shaped_reward(score, kl, mask, np.float64(0.1)).dtype == jnp.float32
 
 
+@pytest.mark.parametrize("wide", ["score", "kl"])
+def test_beta_has_the_precision_of_the_wider_argument(wide):
+    """Where either is float64 so are the rewards, and a rounded beta would show at 1e-9."""
+    score, kl, mask = draw(5)
+    with jax.enable_x64(True):
+        arguments = {"score_B": score, "kl_BxT": kl}
+        name = {"score": "score_B", "kl": "kl_BxT"}[wide]
+        arguments[name] = arguments[name].astype(np.float64)
+        out = rewards.shaped_reward(**arguments, mask_BxT=mask, kl_coef=0.1)
+        assert out.dtype == jnp.float64
+    np.testing.assert_allclose(out, oracles.shaped_reward(score, kl, mask, 0.1), rtol=1e-14)
+
+
 def test_missing_eos_rules():
     score = np.array([0.5, 0.5, -3.0], np.float32)
     finished = np.array([True, False, False])

@@ -24,6 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from instructax import shapes
+
 Array = Any  # jax.Array or numpy.ndarray: batches are made by NumPy and consumed under jit
 
 
@@ -113,13 +115,18 @@ def padded_layout(token_BxL: Array, mask_BxL: Array) -> Layout:
     """One segment a row; ``mask`` marks all real tokens, padding may stand on either side.
 
     Positions count real tokens only (trap T5), so padding never changes what a model computes.
+
+    Args:
+      token_BxL: integers, NumPy's or jax's.
+      mask_BxL: bool.
+
+    Raises:
+      TypeError, ValueError: an argument of the wrong dtype or shape, by name. Floats are refused:
+        a float32 holds no id beyond 2^24, and a score in a token's place would be cut to one.
     """
-    if token_BxL.ndim != 2:
-        raise ValueError(f"token_BxL must have rank 2, got shape {token_BxL.shape}")
-    if mask_BxL.shape != token_BxL.shape:
-        raise ValueError(f"mask_BxL has shape {mask_BxL.shape}, token_BxL {token_BxL.shape}")
-    if mask_BxL.dtype != bool:
-        raise TypeError(f"mask_BxL must be bool, got {mask_BxL.dtype}")
+    shapes.int_array("token_BxL", token_BxL, 2)
+    shapes.bool_array("mask_BxL", mask_BxL, 2)
+    shapes.same_shape(token_BxL=token_BxL, mask_BxL=mask_BxL)
     count_BxL = jnp.cumsum(mask_BxL.astype(jnp.int32), axis=1)
     return Layout(
         token_BxL=jnp.where(mask_BxL, token_BxL, 0).astype(jnp.int32),
@@ -127,6 +134,19 @@ def padded_layout(token_BxL: Array, mask_BxL: Array) -> Layout:
         segment_BxL=mask_BxL.astype(jnp.int32),
         prefix_BxL=jnp.zeros(token_BxL.shape, jnp.int32),
     )
+
+
+def check_layout(layout: Layout) -> None:
+    """Raises TypeError or ValueError unless ``layout`` holds four BxL arrays of integers.
+
+    The message names the array. Nothing is computed: under ``jit`` it costs tracing alone.
+    """
+    if not isinstance(layout, Layout):
+        raise TypeError(f"layout must be a Layout, got {type(layout).__name__}")
+    arrays = {f"layout.{f.name}": getattr(layout, f.name) for f in dataclasses.fields(Layout)}
+    for name, array in arrays.items():
+        shapes.int_array(name, array, 2)
+    shapes.same_shape(**arrays)
 
 
 def first_fit(size_n: Sequence[int], capacity: int, max_rows: int | None = None) -> list[list[int]]:

@@ -23,6 +23,7 @@ def masked_logits(
 ) -> Array:
     """Logits x . W^T / temperature in float32 at least; padded vocabulary entries are -inf."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
+    temperature = shapes.scalar("temperature", temperature, dtype)
     logits = jnp.einsum(
         "...d,vd->...v", x, unembedding_VxD.astype(x.dtype), preferred_element_type=dtype
     )

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from instructax import logprobs
-from instructax.batches import Layout, predecessor
+from instructax import logprobs, shapes
+from instructax.batches import Layout, check_layout, predecessor
 from instructax.config import ModelConfig
 from instructax.models import cache as cache_lib
 from instructax.models import transformer
@@ -41,13 +41,17 @@ def init(key: Array, model_config: ModelConfig, head: str) -> Params:
     """Random float32 parameters. ``head`` is "lm" or "scalar".
 
     The scalar head is N(0, 1/(d+1)) with bias 0 (Stiennon et al. 2020; trap T4).
+
+    Raises:
+      TypeError, ValueError: a key that is not one typed key; another head.
     """
+    shapes.key_array("key", key, 0)
+    if head not in ("lm", "scalar"):
+        raise ValueError(f'head must be "lm" or "scalar", got {head!r}')
     trunk_key, head_key = jax.random.split(key)
     params = transformer.init_trunk(trunk_key, model_config)
     if head == "scalar":
         return params | {"value_head": _scalar_head(head_key, model_config)}
-    if head != "lm":
-        raise ValueError(f'head must be "lm" or "scalar", got {head!r}')
     if not model_config.tie_embeddings:
         shape = (model_config.padded_vocab_size, model_config.d_model)
         params["head"] = {"kernel": model_config.init_std * jax.random.normal(head_key, shape)}
@@ -61,6 +65,7 @@ def _scalar_head(key: Array, config: ModelConfig) -> Params:
 
 def replace_head(key: Array, params: Params, model_config: ModelConfig) -> Params:
     """The language model with its unembedding replaced by a fresh scalar head."""
+    shapes.key_array("key", key, 0)
     trunk = {name: value for name, value in params.items() if name not in ("head", "value_head")}
     return trunk | {"value_head": _scalar_head(key, model_config)}
 
@@ -68,6 +73,7 @@ def replace_head(key: Array, params: Params, model_config: ModelConfig) -> Param
 def shift_scalars(params: Params, shift: Array) -> Params:
     """Add ``shift`` to every scalar by moving the head's bias, so that it travels with the weights."""
     head = params["value_head"]
+    shift = shapes.scalar("shift", shift, head["bias"].dtype)
     return params | {"value_head": head | {"bias": head["bias"] + shift}}
 
 
@@ -79,7 +85,14 @@ def _unembedding(params: Params, config: ModelConfig) -> Array:
     return params["embed"]["token"] if config.tie_embeddings else params["head"]["kernel"]
 
 
+def _check(layout: Layout, dropout_key: Array | None) -> None:
+    check_layout(layout)
+    if dropout_key is not None:
+        shapes.key_array("dropout_key", dropout_key, 0)
+
+
 def _statistics(params, config, layout, temperature, dropout_key, with_entropy):
+    _check(layout, dropout_key)
     x_BxLxD = transformer.hidden(params, config, layout, dropout_key)
     index_BxL, exists_BxL = predecessor(layout)
     before_BxLxD = jnp.take_along_axis(x_BxLxD, index_BxL[:, :, None], axis=1)
@@ -102,7 +115,11 @@ def token_logprobs(
     temperature: float = 1.0,
     dropout_key: Array | None = None,
 ) -> Array:
-    """logp_BxL: log p(token | what it sees before it) at the given temperature; 0 where nothing precedes."""
+    """logp_BxL: log p(token | what it sees before it) at the given temperature; 0 where nothing precedes.
+
+    Raises:
+      TypeError, ValueError: an argument of the wrong dtype or shape, by name.
+    """
     return _statistics(params, model_config, layout, temperature, dropout_key, False)[0]
 
 
@@ -114,7 +131,11 @@ def token_statistics(
     temperature: float = 1.0,
     dropout_key: Array | None = None,
 ) -> dict[str, Array]:
-    """{"logp": BxL, "entropy": BxL} in nats; the entropy is of the distribution the token came from."""
+    """{"logp": BxL, "entropy": BxL} in nats; the entropy is of the distribution the token came from.
+
+    Raises:
+      TypeError, ValueError: an argument of the wrong dtype or shape, by name.
+    """
     logp, entropy = _statistics(params, model_config, layout, temperature, dropout_key, True)
     return {"logp": logp, "entropy": entropy}
 
@@ -122,7 +143,12 @@ def token_statistics(
 def scalars(
     params: Params, model_config: ModelConfig, layout: Layout, *, dropout_key: Array | None = None
 ) -> Array:
-    """value_BxL, float32, read after each token; 0 at padding."""
+    """value_BxL, float32, read after each token; 0 at padding.
+
+    Raises:
+      TypeError, ValueError: an argument of the wrong dtype or shape, by name.
+    """
+    _check(layout, dropout_key)
     x_BxLxD = transformer.hidden(params, model_config, layout, dropout_key).astype(jnp.float32)
     head = params["value_head"]
     value_BxL = jnp.einsum("bld,dz->bl", x_BxLxD, head["kernel"]) + head["bias"][0]
@@ -132,7 +158,14 @@ def scalars(
 def prefill(
     copy: Params, model_config: ModelConfig, token_BxP: Array, mask_BxP: Array, slots: int
 ) -> tuple[Array, Cache]:
-    """(logits_BxV float32 after the prompts, cache). ``copy`` comes from :func:`rollout_copy`."""
+    """(logits_BxV float32 after the prompts, cache). ``copy`` comes from :func:`rollout_copy`.
+
+    Raises:
+      TypeError, ValueError: an argument of the wrong dtype or shape, by name; too few ``slots``.
+    """
+    shapes.int_array("token_BxP", token_BxP, 2)
+    shapes.bool_array("mask_BxP", mask_BxP, 2)
+    shapes.same_shape(token_BxP=token_BxP, mask_BxP=mask_BxP)
     x_BxD, cache = cache_lib.prefill(copy, model_config, token_BxP, mask_BxP, slots)
     return _next_logits(copy, model_config, x_BxD), cache
 
@@ -140,7 +173,15 @@ def prefill(
 def decode(
     copy: Params, model_config: ModelConfig, token_B: Array, cache: Cache
 ) -> tuple[Array, Cache]:
-    """(logits_BxV float32 after one more token a row, cache)."""
+    """(logits_BxV float32 after one more token a row, cache).
+
+    Raises:
+      TypeError, ValueError: an argument of the wrong dtype or shape, by name.
+    """
+    shapes.int_array("token_B", token_B, 1)
+    if not isinstance(cache, Cache):
+        raise TypeError(f"cache must be a Cache, got {type(cache).__name__}")
+    shapes.same_shape(**{"cache.start_B": cache.start_B, "token_B": token_B})
     x_BxD, cache = cache_lib.decode(copy, model_config, token_B, cache)
     return _next_logits(copy, model_config, x_BxD), cache
 

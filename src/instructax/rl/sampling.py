@@ -66,6 +66,7 @@ def sample_tokens(
     rows, vocab = logits_BxV.shape
     if key_B.shape[0] != rows:
         raise ValueError(f"key_B has {key_B.shape[0]} rows, but logits_BxV has {rows}")
+    shapes.scalar("temperature", temperature, logits_BxV.dtype)
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
     if top_k is not None and top_k < 1:
@@ -80,7 +81,7 @@ def sample_tokens(
         token_B = jnp.argmax(logits_BxV, axis=1).astype(jnp.int32)
         return token_B, _take(logits_BxV, token_B) - jax.nn.logsumexp(logits_BxV, axis=1)
 
-    scaled_BxV = logits_BxV / temperature
+    scaled_BxV = logits_BxV / float(temperature)
     if top_k is None and top_p is None:
         return _draw(key_B, scaled_BxV)
     kept = min(top_k, scaled_BxV.shape[1]) if top_k is not None else scaled_BxV.shape[1]
