@@ -1,11 +1,12 @@
-# make demo: the whole recipe on the embedded world. make test: the fast tests. Both set up .venv.
+# make demo: the whole recipe on the embedded world. make test: the fast tests. make bench: side by side with peers.
+# All set up .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SEEDS ?= 1
 WORKERS ?= 2
 
-.PHONY: demo test test-all soak mutants lint clean
+.PHONY: demo test test-all soak mutants bench lint clean
 
 $(VENV)/installed: setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -32,9 +33,20 @@ mutants: $(VENV)/installed
 	JAX_PLATFORMS=cpu JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 $(BIN)/mutmut run
 	$(BIN)/mutmut results
 
+# Every case against the peers, in a virtual environment of their own; about half an hour on two quiet
+# cores. BENCH takes its flags, as in make bench BENCH="--device gpu" or BENCH="--only sft --rounds 1".
+bench: $(VENV)/installed .venv-bench/installed
+	$(BIN)/python -m bench --peers .venv-bench/bin/python $(BENCH)
+
+.venv-bench/installed: bench/requirements.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --upgrade pip
+	.venv-bench/bin/python -m pip install --quiet --requirement bench/requirements.txt
+	touch $@
+
 lint: $(VENV)/installed
-	$(BIN)/ruff check src tests configs launch setup.py
+	$(BIN)/ruff check src tests configs launch bench setup.py
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .cache mutants
+	rm -rf $(VENV) .venv-bench .cache mutants

@@ -88,7 +88,7 @@ def _train(run: Run, arm: str) -> None:
         else:
             state = jax.jit(fresh, out_shardings=shardings)(reference, reward)
 
-        iterate = _programs(
+        iterate = programs(
             run, reference, reward, scale, policy_optimizer, value_optimizer, shardings
         )
         watch = _watcher(run, folder, reference, reward)
@@ -150,7 +150,7 @@ def _restore(saved: Checkpoints, step: int, abstract: PpoState) -> PpoState:
     )
 
 
-def _programs(
+def programs(
     run: Run,
     reference: Params,
     reward: Params,

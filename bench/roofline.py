@@ -1,0 +1,66 @@
+"""The least time that the machine allows for a case's work: its FLOPs at the matrix rate, its bytes at the bandwidth.
+
+Counted for the real tokens, each once: a prompt once however many responses it has, attention over
+what a token sees, logits where a loss or a sampler needs them. Nothing is recomputed.
+"""
+
+from __future__ import annotations
+
+from bench.cases import Case
+from instructax.config import ModelConfig
+from instructax.plan import model_flops
+
+
+def _model(case: Case) -> ModelConfig:
+    s = case.shape
+    return ModelConfig(
+        num_layers=s.num_layers,
+        d_model=s.d_model,
+        num_heads=s.num_heads,
+        vocab_size=s.vocab_size,
+        context_length=s.context_length,
+    )
+
+
+def _forward(m: ModelConfig, first: float, tokens: float, unembedded: float) -> float:
+    """One sequence's tokens, the first of which sees ``first`` tokens and itself."""
+    return model_flops.forward(m, tokens, first + (tokens + 1) / 2, unembedded=unembedded)
+
+
+def _prompt_and(case: Case, ways: int, unembedded: float) -> float:
+    w, m = case.work, _model(case)
+    prompt = _forward(m, 0, w.prompt, 0.0)
+    return w.rows * (prompt + ways * _forward(m, w.prompt, w.response, unembedded))
+
+
+def flops(case: Case) -> float:
+    """The least floating-point operations."""
+    w = case.work
+    if w.kind == "sft":
+        return 3 * _prompt_and(case, 1, w.response)
+    if w.kind == "reward":
+        return 3 * _prompt_and(case, w.ways, 0.0)
+    sampled = _prompt_and(case, 1, w.response)
+    if w.kind == "generate":
+        return sampled
+    # Old log-probabilities are the sampler's; the reference reads the words, value and reward a scalar.
+    scored = sampled + 2 * _prompt_and(case, 1, 0.0)
+    updated = 3 * (sampled + _prompt_and(case, 1, 0.0))
+    return sampled + scored + w.epochs * updated
+
+
+def decoded_bytes(case: Case) -> float:
+    """What decoding must read: every weight once a step, and the cache as far as it is filled."""
+    w, m = case.work, _model(case)
+    width = 2 if case.shape.dtype == "bfloat16" else 4
+    weights = (model_flops.matrix_parameters(m) + m.vocab_size * m.d_model) * width
+    cache = 2 * m.num_layers * m.kv_heads * m.head_width * width
+    return w.response * (weights + w.rows * cache * (w.prompt + w.response / 2))
+
+
+def seconds(case: Case, flop_rate: float, bandwidth: float) -> float:
+    """The least time of one unit of work."""
+    at_rate = flops(case) / flop_rate
+    if case.work.kind != "generate":
+        return at_rate
+    return max(at_rate, decoded_bytes(case) / bandwidth)
