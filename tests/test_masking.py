@@ -108,6 +108,8 @@ def test_last_token_index():
     assert index.dtype == jnp.int32
     assert index.tolist() == [1, 2, 3, 0, 0, 3] == oracles.last_token_index(mask)
     assert masking.last_token_index(np.zeros((2, 0), bool)).tolist() == [0, 0]
+    with jax.enable_x64(True):
+        assert masking.last_token_index(mask).dtype == jnp.int32
 
 
 def test_the_door():

@@ -6,6 +6,7 @@ import numpy as np
 import oracles
 import pytest
 
+from instructax.rl import sampling
 from instructax.rl.sampling import episode_keys, sample_tokens
 
 DRAWS = 20_000
@@ -127,6 +128,39 @@ def test_episode_keys_are_the_nested_folds_and_all_differ():
         jax.random.key_data(jax.jit(episode_keys)(key, jnp.arange(5), jnp.int32(1))),
         jax.random.key_data(keys[1]),
     )
+
+
+@pytest.mark.parametrize("vocab", [2, 4, 10])
+def test_a_uniform_of_exactly_zero_draws_the_first_possible_id(vocab, monkeypatch):
+    monkeypatch.setattr(
+        sampling.jax.random, "uniform", lambda key, shape, dtype: jnp.zeros(shape, dtype)
+    )
+    logits = np.full((1, vocab), -np.inf, np.float32)
+    logits[0, vocab - 1] = 0.0
+    token, logp = sample_tokens(jax.random.split(jax.random.key(0), 1), logits, 1.0)
+    assert token.tolist() == [vocab - 1] and logp.tolist() == [0.0]
+
+
+def test_top_p_stops_where_the_mass_reaches_p_exactly():
+    keys = jax.random.split(jax.random.key(0), 64)
+    logits = np.zeros((64, 4), np.float32)
+    for top_p, kept in ((0.25, 1), (0.5, 2), (0.75, 3), (1.0, 4)):
+        token, logp = sample_tokens(keys, logits, 1.0, top_p=top_p)
+        assert set(np.asarray(token).tolist()) == set(range(kept))
+        np.testing.assert_allclose(logp, -np.log(kept), atol=1e-6)
+
+
+def test_64_bit_mode_draws_the_same_from_float32_logits():
+    keys = jax.random.split(jax.random.key(5), 16)
+    logits = np.random.default_rng(5).normal(size=(16, 40)).astype(np.float32)
+    for options in ({}, {"top_k": 9}, {"temperature": 0.0}):
+        options = {"temperature": 1.0, **options}
+        token, logp = sample_tokens(keys, logits, **options)
+        with jax.enable_x64(True):
+            wide_token, wide_logp = sample_tokens(keys, logits, **options)
+        np.testing.assert_array_equal(wide_token, token)
+        np.testing.assert_array_equal(wide_logp, logp)
+        assert wide_token.dtype == jnp.int32 and wide_logp.dtype == jnp.float32
 
 
 def test_dtypes():
