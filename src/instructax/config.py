@@ -531,6 +531,8 @@ class Config:
     workers: int = 1
     """Processes of `run` side by side, each on its share of the cores; CPU alone: for small models, which leave
     cores idle. Arms are independent of each other, as is the RL init of SFT and reward model."""
+    profile: bool = False
+    """Trace the third to fifth step of every training loop; profile/profile.md in the stage's folder says where their time went."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)

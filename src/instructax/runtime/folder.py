@@ -17,10 +17,12 @@ _CONFIG, _ENVIRONMENT = "config.json", "environment.json"
 
 # The sections of a Config that belong to one stage alone: another stage does not read them.
 _STAGES = ("pretrain", "sft", "init", "reward", "ppo", "sample", "evaluate")
-# None of these changes what a stage computes: names, places, the mesh, workers, in how many
+# None of these changes what a stage computes: names, places, the mesh, workers, traces, in how many
 # microbatches (but for dropout's draws), how often it looks or saves. Their change is written down,
 # not refused.
-_FREE = ("name", "run_dir", "seeds", "workers", "mesh", "arms", "data.prompts_evaluation")
+_FREE = (
+    "name", "run_dir", "seeds", "workers", "profile", "mesh", "arms", "data.prompts_evaluation",
+)  # fmt: skip
 _FREE_FIELDS = (
     "grad_accumulation", "checkpoint_every", "evaluate_every", "evaluations", "sample_every",
     "log_prompts",

@@ -28,6 +28,7 @@ from instructax.runtime.checkpoint import Checkpoints
 from instructax.runtime.folder import open_run as open_folder
 from instructax.runtime.loop import run_steps
 from instructax.runtime.metrics import MetricsWriter, append_samples
+from instructax.runtime.profile import profiled
 from instructax.runtime.stopping import StopSignal
 from instructax.stages import data
 from instructax.stages.context import Run, checkpoint_meta, load_params, open_run, write_json
@@ -107,6 +108,10 @@ def _train(run: Run, arm: str) -> None:
             )
             saved.save(step, _items(state), meta)
 
+        watched: Callable[[int], Mapping[str, Any]] = one
+        if config.profile:
+            watched = profiled(one, folder / "profile", arm, iterations - done)
+
         try:
             with MetricsWriter(folder, resume_step=done or -1) as writer, StopSignal() as stop:
                 if not done and (before := watch(0, state)):
@@ -115,7 +120,7 @@ def _train(run: Run, arm: str) -> None:
                     name=arm,
                     start=done,
                     total=iterations,
-                    step=one,
+                    step=watched,
                     save=save,
                     save_at=lambda done: done % c.checkpoint_every == 0,
                     writer=writer,

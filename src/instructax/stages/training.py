@@ -16,6 +16,7 @@ from instructax.runtime.checkpoint import Checkpoints
 from instructax.runtime.folder import open_run as open_folder
 from instructax.runtime.loop import run_steps
 from instructax.runtime.metrics import MetricsWriter
+from instructax.runtime.profile import profiled
 from instructax.runtime.stopping import StopSignal
 from instructax.stages.context import Run, checkpoint_meta
 from instructax.steps.state import TrainState, create
@@ -85,6 +86,10 @@ def train(
             meta = checkpoint_meta(run, model_config, head, consumed=step * batch_size)
             saved.save(step, {"params": params, "optimizer": (state.opt_state, state.step)}, meta)
 
+        watched: Callable[[int], Mapping[str, Any]] = one
+        if run.config.profile:
+            watched = profiled(one, folder / "profile", stage, total_steps - done)
+
         # Enough rows for any curve; a row a step would cost a small model a tenth of its time.
         every = max(1, total_steps // 500)
         writer = MetricsWriter(folder, resume_step=done if done else -1)
@@ -94,7 +99,7 @@ def train(
                     name=stage,
                     start=done,
                     total=total_steps,
-                    step=one,
+                    step=watched,
                     save=save,
                     save_at=save_at,
                     writer=writer,
