@@ -26,6 +26,10 @@ from bench import cases, columns, roofline, table
 PEAK_FLOPS = 989e12  # bfloat16 of an H100 or H200, without sparsity
 
 
+class EndedEarly(RuntimeError):
+    """A column's process is gone."""
+
+
 class Worker:
     """A process of one column; ``ask`` sends it a number of units and reads their seconds."""
 
@@ -47,8 +51,9 @@ class Worker:
 
     def ask(self, units: int) -> Any:
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{units}\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # then it has ended, and there is no answer
+            self._process.stdin.write(f"{units}\n")
+            self._process.stdin.flush()
         return self._read()
 
     def __enter__(self) -> Self:
@@ -64,7 +69,7 @@ class Worker:
         line = self._process.stdout.readline()
         if not line:
             self._process.wait()
-            raise SystemExit(f"a column ended early; the end of {self._log}:\n{self._tail()}")
+            raise EndedEarly(f"the end of {self._log}:\n{self._tail()}")
         return json.loads(line)
 
     def _tail(self) -> str:
@@ -89,14 +94,25 @@ def measure(
             versions.update(worker.versions)
             return worker
 
-        # A GPU's memory holds one column at a time, so there each is built anew in every round.
-        kept = {} if given.device == "gpu" else {turn: start(*turn) for turn in turns}
+        kept: dict[tuple[str, str], Worker] = {}
         for _ in range(given.rounds):
-            for key, name in turns:
-                worker = kept.get((key, name)) or start(key, name)
-                found.setdefault(key, {}).setdefault(name, []).append(worker.ask(given.units))
-                if not kept:
+            for key, name in list(turns):
+                try:
+                    if (key, name) not in kept:
+                        kept[key, name] = start(key, name)
+                    seconds = kept[key, name].ask(given.units)
+                except EndedEarly as error:
+                    if name == "ours":
+                        raise
+                    # A peer that cannot run here is said to, and not measured.
+                    print(f"{key}, {name}: {error}", file=sys.stderr, flush=True)
+                    turns.remove((key, name))
+                    continue
+                found.setdefault(key, {}).setdefault(name, []).append(seconds)
+                if given.device == "gpu":
+                    # Its memory holds one column at a time: each is built anew in every round.
                     stack.close()
+                    kept.clear()
     return found, versions
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Shape:
-    """A model of GPT-2's shape."""
+    """A model of GPT-2's shape; ``remat`` is our side's."""
 
     num_layers: int
     d_model: int
@@ -44,7 +44,8 @@ class Case:
     """A row of the table: work on a shape, done in one ``form``, by the columns that have that form.
 
     ``form`` tells apart the three ways to train on a ranking: its pairs one by one, K sequences,
-    or K responses behind one copy of their prompt.
+    or K responses behind one copy of their prompt. ``recompute``: the peers recompute activations in
+    the backward pass, without which the work would not fit a GPU.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Case:
     work: Work
     columns: tuple[str, ...]
     form: Literal["", "pairs", "sequences", "shared"] = ""
+    recompute: bool = False
 
     @property
     def key(self) -> str:
@@ -61,14 +63,16 @@ class Case:
 
 PEERS = ("shipped", "tuned")
 SMALL, MEDIUM = Shape(4, 256, 4), Shape(8, 512, 8)
-GPT_125M = Shape(12, 768, 12, 50257, 2048, "bfloat16")
+GPT_125M = Shape(12, 768, 12, 50257, 2048, "bfloat16", "block")
 GPT_1_3B = Shape(24, 2048, 16, 50257, 2048, "bfloat16", "block")
 
 
-def _reward(size: str, shape: Shape, work: Work, peers: tuple[str, ...]) -> tuple[Case, ...]:
+def _reward(
+    size: str, shape: Shape, work: Work, peers: tuple[str, ...], recompute: bool = False
+) -> tuple[Case, ...]:
     return (
-        Case("reward, pairs", size, shape, work, peers, "pairs"),
-        Case("reward, K sequences", size, shape, work, (*peers, "ours"), "sequences"),
+        Case("reward, pairs", size, shape, work, peers, "pairs", recompute),
+        Case("reward, K sequences", size, shape, work, (*peers, "ours"), "sequences", recompute),
         Case("reward, shared prompt", size, shape, work, ("ours",), "shared"),
     )
 
@@ -98,7 +102,7 @@ def gpu_cases() -> tuple[Case, ...]:
     return (
         Case("sft", "125M", GPT_125M, sft, compiled),
         Case("sft", "1.3B", GPT_1_3B, replace(sft, rows=8), compiled),
-        *_reward("1.3B", GPT_1_3B, Work("reward", 4, 512, 256, ways=9), ("shipped",)),
+        *_reward("1.3B", GPT_1_3B, Work("reward", 4, 512, 256, ways=9), ("shipped",), True),
         Case("generate, batch 64", "1.3B", GPT_1_3B, Work("generate", 64, 512, 256), both),
         Case("generate, batch 256", "1.3B", GPT_1_3B, Work("generate", 256, 512, 256), both),
         Case("ppo", "125M", GPT_125M, Work("ppo", 64, 512, 256, epochs=4), both),

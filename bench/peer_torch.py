@@ -62,7 +62,7 @@ def build(case: Case, device: str, compiled: bool = False) -> Callable[[], Any]:
 
 def _model(kind, case: Case, device: str, compiled: bool):
     model = kind(config(case.shape)).to(where(device))
-    if case.shape.remat == "block":
+    if case.recompute:
         model.gradient_checkpointing_enable()
     return (torch.compile(model) if compiled else model), model
 

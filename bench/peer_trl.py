@@ -71,13 +71,13 @@ def _tokenizer(case: Case) -> PreTrainedTokenizerFast:
 
 
 def _settings(case: Case, device: str) -> dict:
-    """What both trainers are told: no files, no reports, nothing recomputed that our side keeps."""
+    """What both trainers are told: no files, no reports, nothing recomputed without need."""
     return {
         "output_dir": tempfile.mkdtemp(prefix="bench-"),
         "learning_rate": 1e-5,
         "weight_decay": 0.01,
         "bf16": case.shape.dtype == "bfloat16",
-        "gradient_checkpointing": case.shape.remat == "block",
+        "gradient_checkpointing": case.recompute,
         "use_cpu": device == "cpu",
         "report_to": "none",
         "save_strategy": "no",

@@ -272,3 +272,25 @@ def test_the_whole_run_in_miniature(device, tmp_path, capsys):
     said = capsys.readouterr().out
     assert said == (tmp_path / f"{device}.md").read_text("utf-8") + "\n"
     assert "over peer as shipped | not measured |" in said
+
+
+def test_a_peer_that_cannot_run_is_said_to_and_our_side_must(tmp_path, capsys, monkeypatch):
+    """Peers here are a Python that ends at once."""
+    none = tmp_path / "python"
+    none.write_text("#!/bin/sh\necho no torch here >&2\nexit 1\n")
+    none.chmod(0o755)
+    arguments = [
+        "--miniature",
+        "--only",
+        "ppo/small",
+        "--output",
+        str(tmp_path),
+        "--peers",
+        str(none),
+    ]
+    run.main([*arguments, "--columns", "shipped", "tuned"])
+    out = capsys.readouterr()
+    assert "no torch here" in out.err and "over peer tuned | not measured |" in out.out
+    monkeypatch.setattr(sys, "executable", str(none))
+    with pytest.raises(run.EndedEarly, match="no torch here"):
+        run.main([*arguments, "--columns", "ours"])
