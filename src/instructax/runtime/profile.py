@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,9 +106,9 @@ def kind(name: str) -> str:
     return next((k for k, pattern in KINDS if re.search(pattern, name)), ELEMENTWISE)
 
 
-def own_time(events: Iterable[Event]) -> Counter[tuple[str, str]]:
+def own_time(events: Iterable[Event]) -> dict[tuple[str, str], float]:
     """Nanoseconds by (program, operation), without those of operations inside it."""
-    found: Counter[tuple[str, str]] = Counter()
+    found: defaultdict[tuple[str, str], float] = defaultdict(float)
     by_line: dict[str, list[Event]] = {}
     for event in events:
         by_line.setdefault(event.line, []).append(event)
@@ -122,7 +122,7 @@ def own_time(events: Iterable[Event]) -> Counter[tuple[str, str]]:
                 found[outer.program, outer.name] -= min(event.end, outer.end) - event.start
             found[event.program, event.name] += event.end - event.start
             around.append(event)
-    return Counter({key: t for key, t in found.items() if not _CONTROL.match(key[1])})
+    return {key: t for key, t in found.items() if not _CONTROL.match(key[1])}
 
 
 def busy_time(events: Iterable[Event]) -> float:
@@ -171,7 +171,7 @@ def page(title: str, events: Sequence[Event], seconds: float) -> str:
         "",
     ]
     lines += [_row(["operation", "program", "ms a step", "share"]), "|---|---|---:|---:|"]
-    for (program, name), t in own.most_common(LONGEST):
+    for (program, name), t in sorted(own.items(), key=lambda item: -item[1])[:LONGEST]:
         lines.append(
             _row([f"`{name}`", _short(program), f"{t * of_step:.1f}", f"{100 * t / total:.0f}%"])
         )
@@ -179,12 +179,14 @@ def page(title: str, events: Sequence[Event], seconds: float) -> str:
     return "\n".join([*lines, "", more]) + "\n"
 
 
-def _sums(own: Counter[tuple[str, str]], of: Callable[[str, str], Any]) -> list[tuple[Any, float]]:
+def _sums(
+    own: Mapping[tuple[str, str], float], of: Callable[[str, str], Any]
+) -> list[tuple[Any, float]]:
     """Sums by ``of(program, operation)``, largest first."""
-    found: Counter[Any] = Counter()
+    found: defaultdict[Any, float] = defaultdict(float)
     for (program, name), t in own.items():
         found[of(program, name)] += t
-    return found.most_common()
+    return sorted(found.items(), key=lambda item: -item[1])
 
 
 def _short(program: str) -> str:
