@@ -205,7 +205,7 @@ class Ppo:
         policy = jax.jit(lambda p: jax.tree.map(lambda x: x * 1.1, p))(self._reference)
         born = jax.jit(fresh, out_shardings=shardings)
         self._start = functools.partial(born, policy, reward)
-        self._iterate = ppo._programs(
+        self._iterate = ppo.programs(
             run, self._reference, reward, {"gain": 1.3, "bias": -0.2}, optimizer, optimizer,
             shardings,
         )  # fmt: skip

@@ -272,7 +272,7 @@ def test_processes_stopped_from_outside_save_and_stay_stopped(stand, number, cod
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(number)
-    process.communicate(timeout=10)
+    process.communicate(timeout=60)
     assert process.returncode == code
     assert len(stand.starts(0)) == len(stand.starts(1)) == 1
 
