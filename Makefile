@@ -33,8 +33,8 @@ mutants: $(VENV)/installed
 	JAX_PLATFORMS=cpu JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 $(BIN)/mutmut run
 	$(BIN)/mutmut results
 
-# Every case against the peers, in a virtual environment of their own; about half an hour on two quiet
-# cores. BENCH takes its flags, as in make bench BENCH="--device gpu" or BENCH="--only sft --rounds 1".
+# Every case against the peers, in a virtual environment of their own. BENCH takes its flags, as in
+# make bench BENCH="--device gpu" or BENCH="--only sft --rounds 1".
 bench: $(VENV)/installed .venv-bench/installed
 	$(BIN)/python -m bench --peers .venv-bench/bin/python $(BENCH)
 

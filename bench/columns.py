@@ -71,6 +71,9 @@ def make(peers: Path, device: str, cache: Path) -> dict[str, Column]:
         tuned["GLIBC_TUNABLES"] = KEPT_PAGES
         if shutil.which("cc"):
             tuned["LD_PRELOAD"] = str(preloaded(cache))
+        else:
+            missing = "no C compiler (cc): the tuned peers keep MKL's own choice of kernels"
+            print(f"bench: {missing}; install one to compare fairly", file=sys.stderr)
     return {
         "shipped": Column(peers, clean),
         "tuned": Column(peers, tuned),

@@ -7,19 +7,9 @@ what a token sees, logits where a loss or a sampler needs them. Nothing is recom
 from __future__ import annotations
 
 from bench.cases import Case
+from bench.ours import model_config
 from instructax.config import ModelConfig
 from instructax.plan import model_flops
-
-
-def _model(case: Case) -> ModelConfig:
-    s = case.shape
-    return ModelConfig(
-        num_layers=s.num_layers,
-        d_model=s.d_model,
-        num_heads=s.num_heads,
-        vocab_size=s.vocab_size,
-        context_length=s.context_length,
-    )
 
 
 def _forward(m: ModelConfig, first: float, tokens: float, unembedded: float) -> float:
@@ -28,7 +18,7 @@ def _forward(m: ModelConfig, first: float, tokens: float, unembedded: float) -> 
 
 
 def _prompt_and(case: Case, ways: int, unembedded: float) -> float:
-    w, m = case.work, _model(case)
+    w, m = case.work, model_config(case.shape)
     prompt = _forward(m, 0, w.prompt, 0.0)
     return w.rows * (prompt + ways * _forward(m, w.prompt, w.response, unembedded))
 
@@ -51,7 +41,7 @@ def flops(case: Case) -> float:
 
 def decoded_bytes(case: Case) -> float:
     """What decoding must read: every weight once a step, and the cache as far as it is filled."""
-    w, m = case.work, _model(case)
+    w, m = case.work, model_config(case.shape)
     width = 2 if case.shape.dtype == "bfloat16" else 4
     weights = (model_flops.matrix_parameters(m) + m.vocab_size * m.d_model) * width
     cache = 2 * m.num_layers * m.kv_heads * m.head_width * width

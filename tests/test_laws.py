@@ -419,7 +419,7 @@ def test_with_zero_advantages_the_policys_step_is_pretraining_scaled_by_gamma(ga
 
         grads, loud = of(silent), of(episodes)
         pretraining = jax.jit(
-            jax.grad(lambda p: ppo.ptx_loss(p, traps.ANY_MODEL, config, text)[0])
+            jax.grad(lambda p: ppo.ptx_objective(traps.ANY_MODEL, config)(p, text)[0])
         )(traps.POLICY())
     scaled = jax.tree.map(lambda g: gamma * g, pretraining)
     close(grads, scaled, rtol=1e-5, atol=1e-6)

@@ -22,12 +22,12 @@ from instructax.steps.optimizer import make_optimizer
 from instructax.steps.ppo import (
     minibatch_order,
     policy_gradients,
-    policy_loss,
+    policy_objective,
     ppo_iteration,
     ppo_update,
-    ptx_loss,
+    ptx_objective,
     value_from_reward,
-    value_loss,
+    value_objective,
 )
 from instructax.steps.rollout import sample_responses, score_rollout
 from instructax.steps.state import PpoState, apply_gradients, create
@@ -275,14 +275,16 @@ def test_gamma_zero_is_plain_ppo_bit_for_bit(w):
     assert set(metrics) - set(fewer) == {"ptx/nll"}
     assert norm(minus(measured.policy.params, iterated(w)[0].policy.params)) > 1e-3
 
+    surrogate, squared_error = policy_objective(MODEL, CONFIG), value_objective(MODEL, CONFIG)
+
     @jax.jit
     def plain(state, rollout):
         def one(networks, index_M):
             minibatch = tiny.rows_of(rollout, index_M)
             policy, value = networks
-            grads = jax.grad(policy_loss, has_aux=True)(policy.params, MODEL, CONFIG, minibatch)[0]
+            grads = jax.grad(surrogate, has_aux=True)(policy.params, minibatch)[0]
             policy = apply_gradients(policy, grads, OPTIMIZER)
-            grads = jax.grad(value_loss, has_aux=True)(value.params, MODEL, CONFIG, minibatch)[0]
+            grads = jax.grad(squared_error, has_aux=True)(value.params, minibatch)[0]
             return (policy, apply_gradients(value, grads, OPTIMIZER)), None
 
         return jax.lax.scan(one, (state.policy, state.value), ORDER_UxM)[0]
@@ -302,7 +304,7 @@ def gradients(w):
         config = dataclasses.replace(CONFIG, **changes)
         return jax.jit(lambda p: policy_gradients(p, MODEL, config, minibatch, text))(w.policy)
 
-    text_alone = jax.jit(jax.grad(lambda p: ptx_loss(p, MODEL, CONFIG, text)[0]))(w.policy)
+    text_alone = jax.jit(jax.grad(lambda p: ptx_objective(MODEL, CONFIG)(p, text)[0]))(w.policy)
     return of(ptx_coef=0.0)[0], text_alone, of
 
 

@@ -14,7 +14,7 @@ from instructax.config import OptimizerConfig
 from instructax.models import functional as model
 from instructax.steps import reward
 from instructax.steps.optimizer import make_optimizer
-from instructax.steps.reward import ranking_loss, ranking_objective, reward_step, scores
+from instructax.steps.reward import ranking_objective, reward_step, scores
 from instructax.steps.state import create
 
 PROMPTS = (4, 3)
@@ -109,7 +109,7 @@ def test_a_shift_moves_every_score_and_leaves_the_loss(params):
     shifted = model.shift_scalars(params, -2.5)
     difference = np.asarray(scored()(shifted, b) - scored()(params, b))[b.valid_NxK]
     np.testing.assert_allclose(difference, -2.5, atol=1e-5)
-    loss = jax.jit(lambda params, b: ranking_loss(params, tiny.MODEL, b)[0])
+    loss = jax.jit(lambda params, b: ranking_objective(tiny.MODEL)(params, b)[0])
     assert float(loss(shifted, b)) == pytest.approx(float(loss(params, b)), abs=1e-5)
 
 

@@ -15,7 +15,7 @@ from instructax.config import OptimizerConfig
 from instructax.models import functional as model
 from instructax.steps import sft
 from instructax.steps.optimizer import make_optimizer
-from instructax.steps.sft import lm_loss, lm_objective, lm_step
+from instructax.steps.sft import lm_objective, lm_step
 from instructax.steps.state import create
 
 LENGTHS = (5, 3, 7)
@@ -24,9 +24,7 @@ WIDTH = 18
 
 @functools.cache
 def loss_and_grad():
-    return jax.jit(
-        jax.value_and_grad(lambda params, batch: lm_loss(params, tiny.MODEL, batch), has_aux=True)
-    )
+    return jax.jit(jax.value_and_grad(lm_objective(tiny.MODEL), has_aux=True))
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,7 @@ def test_t06_one_temperature_in_rollout_reference_and_update():
                 jax.random.key(0), config=config, model_config=ANY_MODEL, reward_config=ANY_MODEL,
                 eos_id=EOS,
             )  # fmt: skip
-            _, update = ppo.policy_loss(policy, ANY_MODEL, config, episodes)
+            _, update = ppo.policy_objective(ANY_MODEL, config)(policy, episodes)
         assert float(metrics["val/sampler_gap_max"]) <= 1e-5
         np.testing.assert_allclose(per_episode["kl"], 0.0, atol=1e-5)
         assert float(update["ratio_max_deviation"]) <= 1e-5
@@ -157,7 +157,9 @@ def ratio_world():
     )  # fmt: skip
     layout, mask_BxL = rollout.episode_layout(prompts, responses)
     update = jax.jit(
-        lambda params, minibatch: ppo.policy_loss(params, RATIO_MODEL, RATIO_CONFIG, minibatch)[1]
+        lambda params, minibatch: ppo.policy_objective(RATIO_MODEL, RATIO_CONFIG)(
+            params, minibatch
+        )[1]
     )
     return tiny.params(), layout, mask_BxL, update
 

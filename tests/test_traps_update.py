@@ -583,7 +583,9 @@ def test_zero_gamma_is_a_value_and_its_text_is_still_measured():
     update, start = bigram_update(config)
     logp = np.asarray(bigram.token_logprobs(POLICY(), None, text.layout))
     with on_bigram():
-        gradient = jax.jit(jax.grad(lambda p: ppo.policy_loss(p, ANY_MODEL, config, episodes)[0]))
+        gradient = jax.jit(
+            jax.grad(lambda p: ppo.policy_objective(ANY_MODEL, config)(p, episodes)[0])
+        )
         grads = gradient(POLICY())
     optimizer = make_optimizer(FAST, 10)
     plain = apply_gradients(create(POLICY(), optimizer), grads, optimizer)

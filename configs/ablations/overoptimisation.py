@@ -2,8 +2,8 @@
 
     instructax run --config configs/ablations/overoptimisation.py
 
-The report plots gold and pretraining loss against KL. Measured on world 11, run seed 0, 1,000 evaluation prompts, EMA
-weights: beta guards the gold score, gamma guards the language model, and neither does the other's work.
+The report plots gold and pretraining loss against KL. Measured with the demo's settings of commit 026dacc (gamma 1,
+96 episodes an iteration), world 11, run seed 0, 1,000 evaluation prompts, EMA weights: beta guards the gold score, gamma guards the language model, and neither does the other's work.
 
 | arm | reward model's score | gold (SFT 2.73) | wins over SFT | pretraining NLL against the init | KL |
 |---|---|---|---|---|---|

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _main(arguments)
         sys.stdout.flush()
     except UserError as error:
-        print(f"instructax: {' '.join(str(error).split())}", file=sys.stderr)
+        print(error.line(), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -15,6 +15,10 @@ from typing import Literal
 class UserError(Exception):
     """Bad input: one line that says what, where and what to do. The CLI prints it and exits with 2."""
 
+    def line(self) -> str:
+        """As it is printed: one line, whatever the message quotes."""
+        return f"instructax: {' '.join(str(self).split())}"
+
 
 @dataclass(frozen=True)
 class ModelConfig:

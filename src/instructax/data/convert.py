@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"{', '.join(arguments.input)}: no record is left ({left_out})")
         _write(Path(arguments.output), records)
     except UserError as error:
-        print(f"instructax: {' '.join(str(error).split())}", file=sys.stderr)
+        print(error.line(), file=sys.stderr)
         return 2
     print(f"{arguments.kind}: {len(records)} records in {arguments.output}")
     for reason, count in sorted(left_out.items()):

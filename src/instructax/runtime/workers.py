@@ -107,7 +107,7 @@ def _work(piece: Piece, share: list[int], cache: str | None) -> None:
         with leaving_on_sigterm():
             piece()
     except UserError as error:
-        print(f"instructax: {' '.join(str(error).split())}", file=sys.stderr)
+        print(error.line(), file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

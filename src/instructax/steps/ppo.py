@@ -108,27 +108,6 @@ def ptx_objective(model_config: ModelConfig, config: PpoConfig) -> Objective:
     return Objective(network, loss, count)
 
 
-def policy_loss(
-    params: Params, model_config: ModelConfig, config: PpoConfig, minibatch: Rollout
-) -> tuple[Array, dict[str, Array]]:
-    """(loss, metrics) of :func:`policy_objective`."""
-    return policy_objective(model_config, config)(params, minibatch)
-
-
-def value_loss(
-    params: Params, reward_config: ModelConfig, config: PpoConfig, minibatch: Rollout
-) -> tuple[Array, dict[str, Array]]:
-    """(loss, metrics) of :func:`value_objective`."""
-    return value_objective(reward_config, config)(params, minibatch)
-
-
-def ptx_loss(
-    params: Params, model_config: ModelConfig, config: PpoConfig, batch: LmBatch
-) -> tuple[Array, dict[str, Array]]:
-    """(loss, metrics) of :func:`ptx_objective`."""
-    return ptx_objective(model_config, config)(params, batch)
-
-
 def policy_gradients(
     params: Params,
     model_config: ModelConfig,

@@ -75,17 +75,6 @@ def _split(batch: ComparisonBatch, parts: int) -> ComparisonBatch:
     )
 
 
-def ranking_loss(
-    params: Params,
-    model_config: ModelConfig,
-    batch: ComparisonBatch,
-    loss: str = "pairwise",
-    dropout_key: Array | None = None,
-) -> tuple[Array, dict[str, Array]]:
-    """(loss, metrics) of :func:`ranking_objective`."""
-    return ranking_objective(model_config, loss)(params, batch, dropout_key)
-
-
 def reward_step(
     state: TrainState,
     batch: ComparisonBatch,

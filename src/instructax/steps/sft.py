@@ -34,13 +34,6 @@ def lm_objective(model_config: ModelConfig) -> Objective:
     return Objective(network, loss, normalizer=lambda batch: batch.weight_BxL.sum())
 
 
-def lm_loss(
-    params: Params, model_config: ModelConfig, batch: LmBatch, dropout_key: Array | None = None
-) -> tuple[Array, dict[str, Array]]:
-    """(loss, metrics) of :func:`lm_objective`."""
-    return lm_objective(model_config)(params, batch, dropout_key)
-
-
 def lm_step(
     state: TrainState,
     batch: LmBatch,
