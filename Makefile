@@ -18,10 +18,10 @@ demo: $(VENV)/installed
 	INSTRUCTAX=$(BIN)/instructax launch/local.sh --flags cpu -- run --config configs/demo.py --seeds $(SEEDS)
 
 test: $(VENV)/installed lint
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not soak"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow and not soak"
 
 test-all: $(VENV)/installed lint
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not soak"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not soak"
 
 soak: $(VENV)/installed
 	$(BIN)/python -m pytest -m soak

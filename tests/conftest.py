@@ -23,6 +23,13 @@ _seconds = os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", float(_seconds))
 
 
+def pytest_collection_modifyitems(items):
+    """All that reads the miniature recipe in one worker: nobody waits for it, no copy is made twice."""
+    for item in items:
+        if "mini_run" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("recipe"))
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real data slices; a test that wants it skips visibly where it is absent."""

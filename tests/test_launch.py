@@ -197,6 +197,9 @@ class Stand:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # A shell that runs the tests in the background makes its children deaf to Ctrl-C, and
+            # what is ignored at its start a script cannot trap.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def run(self, script: str, *arguments: str, **environ: str) -> tuple[int, str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shutil
 
 import jax
@@ -13,7 +14,7 @@ import pytest
 import recipe
 
 from instructax.config import UserError
-from instructax.stages import pipeline, ppo, sft
+from instructax.stages import evaluate, pipeline, ppo, sft
 from instructax.stages.context import run_folder
 
 INTERVAL = ("mean", "low", "high")
@@ -79,8 +80,8 @@ def test_the_summary_has_every_figure(mini_run):
 
 def test_running_again_changes_nothing(mini_run, seed0, config):
     # Other tests may be writing arms of their own beside these.
-    stages = ("data", "pretrain", "sft", "reward", "init", *(arm.name for arm in config.arms))
-    folders = [mini_run / "data", *(seed0 / name for name in stages)]
+    stages = ("pretrain", "sft", "reward", "init", "evaluate", *(arm.name for arm in config.arms))
+    folders = [mini_run / "data", seed0 / "data", *(seed0 / name for name in stages)]
 
     def state():
         files = [p for folder in folders for p in folder.rglob("*") if p.is_file()]
@@ -199,6 +200,39 @@ def test_gamma_leaves_a_better_language_model(mini_run):
 def test_best_of_n_scores_above_one_sample(seed0):
     score = figures(seed0, "evaluate.json")["score"]
     assert score["best_of_n"] > score["sft"]
+
+
+def test_policies_are_evaluated_alone_as_among_others(mini_run, seed0, config, tmp_path):
+    shutil.copytree(
+        mini_run, tmp_path / "mini", ignore=shutil.ignore_patterns("evaluate*", "*.tmp")
+    )
+    alone = recipe.of_seed(dataclasses.replace(config, run_dir=str(tmp_path)))
+    few = dataclasses.replace(alone.evaluate, policies=("sft", "ppo"), best_of=1)
+    alone = dataclasses.replace(alone, evaluate=few)
+    assert evaluate.unmeasured(alone, few.policies) == ["sft", "ppo"]
+    evaluate.run(alone)
+    assert evaluate.unmeasured(alone, few.policies) == []
+    hotter = dataclasses.replace(alone, evaluate=dataclasses.replace(few, temperature=1.1))
+    assert evaluate.unmeasured(hotter, few.policies) == ["sft", "ppo"]
+    found = figures(tmp_path / "mini/seed0", "evaluate.json")
+    wanted = figures(seed0, "evaluate.json")
+    assert found["winrate"]["ppo_vs_sft"] == wanted["winrate"]["ppo_vs_sft"]
+    for name in ("gold", "kl", "score", "length", "by_kind", "nll_by_topic"):
+        assert found[name] == {policy: wanted[name][policy] for policy in found[name]}
+    assert list(found["nll_by_topic"]) == ["sft", "ppo", "base"]
+
+
+def test_an_epoch_is_chosen_again_only_where_something_changed(tmp_path):
+    inputs, chosen = [tmp_path / "metrics.jsonl"], tmp_path / "chosen.json"
+    inputs[0].write_text("")
+    by_loss = {"by": "loss"}
+    assert sft._chosen(chosen, by_loss, inputs) is None
+    chosen.write_text(json.dumps({"epoch": 2} | by_loss))
+    assert sft._chosen(chosen, by_loss, inputs) == {"epoch": 2} | by_loss
+    assert sft._chosen(chosen, {"by": "reward", "samples": 2}, inputs) is None
+    later = chosen.stat().st_mtime + 1
+    os.utime(inputs[0], (later, later))
+    assert sft._chosen(chosen, by_loss, inputs) is None
 
 
 def test_the_report_is_one_page_by_itself(mini_run):

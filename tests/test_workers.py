@@ -15,20 +15,27 @@ import pytest
 from instructax.config import UserError
 from instructax.runtime import workers
 from instructax.runtime.stopping import StopSignal
+from instructax.runtime.workers import Piece
 
 PIECES = """
 import functools, pathlib, sys
 import test_workers
-from instructax.runtime.workers import side_by_side
+from instructax.runtime.workers import Piece, side_by_side
 if __name__ == "__main__":
     folder = pathlib.Path(sys.argv[1])
-    side_by_side([functools.partial(test_workers.until_stopped, folder / str(i)) for i in range(3)], 2)
+    calls = [functools.partial(test_workers.until_stopped, folder / str(i)) for i in range(3)]
+    side_by_side([Piece(str(i), call) for i, call in enumerate(calls)], 2)
 """
 
 
 def note(path: Path) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
     path.write_text(f"{os.getpid()} {cores}")
+
+
+def note_after(path: Path, others: list[Path]) -> None:
+    assert all(other.read_text() for other in others)
+    note(path)
 
 
 def refuse() -> None:
@@ -60,22 +67,55 @@ def wait_for(paths, seconds=60.0):
         time.sleep(0.05)
 
 
+def pieces(calls, after=()):
+    return [Piece(str(i), call, tuple(after)) for i, call in enumerate(calls)]
+
+
 def test_one_worker_calls_the_pieces_in_order_and_here():
     seen: list[int] = []
-    workers.side_by_side([functools.partial(seen.append, i) for i in range(3)], 1)
-    workers.side_by_side([functools.partial(seen.append, 3)], 2)
+    workers.side_by_side(pieces([functools.partial(seen.append, i) for i in range(3)]), 1)
+    workers.side_by_side(pieces([functools.partial(seen.append, 3)]), 2)
     assert seen == [0, 1, 2, 3]
 
 
 def test_pieces_run_in_processes_with_a_share_of_the_cores(tmp_path):
     paths = [tmp_path / str(i) for i in range(3)]
-    workers.side_by_side([functools.partial(note, path) for path in paths], 2)
+    workers.side_by_side(pieces([functools.partial(note, path) for path in paths]), 2)
     found = [path.read_text().split() for path in paths]
     pids = {int(pid) for pid, _ in found}
     assert len(pids) == 3 and os.getpid() not in pids
     if hasattr(os, "sched_getaffinity"):
         here = len(os.sched_getaffinity(0))
         assert all(1 <= int(cores) <= max(1, -(-here // 2)) for _, cores in found)
+
+
+def test_a_piece_begins_when_those_it_waits_for_are_done_and_alone_has_all_cores(tmp_path):
+    """first -> two side by side -> last."""
+    first, left, right, last = (tmp_path / name for name in ("first", "left", "right", "last"))
+    workers.side_by_side(
+        [
+            Piece("first", functools.partial(note, first)),
+            Piece("left", functools.partial(note_after, left, [first]), ("first",)),
+            Piece("right", functools.partial(note_after, right, [first]), ("first",)),
+            Piece("last", functools.partial(note_after, last, [left, right]), ("left", "right")),
+        ],
+        2,
+    )
+    if hasattr(os, "sched_getaffinity"):
+        here = len(os.sched_getaffinity(0))
+        assert first.read_text().split()[1] == last.read_text().split()[1] == str(here)
+        if here > 1:
+            assert int(left.read_text().split()[1]) < here
+
+
+def test_a_piece_names_others_before_it():
+    def never():
+        raise AssertionError
+
+    with pytest.raises(ValueError, match="'1' comes before .*'2'"):
+        workers.side_by_side([Piece("1", never, ("2",)), Piece("2", never)], 1)
+    with pytest.raises(ValueError, match="'1' twice"):
+        workers.side_by_side([Piece("1", never), Piece("1", never)], 2)
 
 
 def test_shares_give_every_core_away_once():
@@ -102,7 +142,7 @@ def test_a_piece_that_fails_stops_the_others(tmp_path, capfd, piece, code, said)
     other = functools.partial(until_stopped, tmp_path / "other")
     never = functools.partial(note, tmp_path / "never")
     with pytest.raises(SystemExit) as left:
-        workers.side_by_side([piece, other, never], 2)
+        workers.side_by_side(pieces([piece, other, never]), 2)
     assert left.value.code == code
     assert said in capfd.readouterr().err
     # The other one had begun or not; where it had, it saved.

@@ -534,7 +534,7 @@ class Config:
     """`run` repeats the recipe for this many seeds, seed, seed + 1, ..."""
     workers: int = 1
     """Processes of `run` side by side, each on its share of the cores; CPU alone: for small models, which leave
-    cores idle. Arms are independent of each other, as is the RL init of SFT and reward model."""
+    cores idle. Whatever does not wait for another's results is done beside it: arms, the RL init, seeds."""
     profile: bool = False
     """Trace the third to fifth step of every training loop; profile/profile.md in the stage's folder says where their time went."""
     mesh: MeshConfig = field(default_factory=MeshConfig)

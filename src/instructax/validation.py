@@ -78,6 +78,12 @@ def _problems(config: Config, verb: str | None) -> Iterator[Problem]:
         yield from presence.file_rules(config, verb)
 
 
+# Beside the stages: what `instructax run` does and what it measures.
+_OF_THE_RUN = (
+    "comparisons", "comparisons_validation", "baselines", "evaluate", "best_of_n", "base",
+)  # fmt: skip
+
+
 def _names(config: Config) -> Iterator[Problem]:
     arms = [arm.name for arm in config.arms]
     if not RUN_NAME.fullmatch(config.name):
@@ -85,8 +91,8 @@ def _names(config: Config) -> Iterator[Problem]:
     for i, name in enumerate(arms):
         if not FOLDER_NAME.fullmatch(name):
             yield f"arms[{i}].name", name, "cannot name a folder", "use letters, digits, _ . + = -"
-        if name in STAGE_NAMES:
-            yield f"arms[{i}].name", name, "is the name of a stage", "give the arm another name"
+        if name in (*STAGE_NAMES, *_OF_THE_RUN):
+            yield f"arms[{i}].name", name, "is a name of the run's own", "give the arm another"
         if name in arms[:i]:
             yield f"arms[{i}].name", name, "names two arms", "give each arm its own name"
     if not config.run_dir:

@@ -24,22 +24,24 @@ from instructax.stages.sampling import Sample, Sampler
 
 NUM_RESPONSES = range(4, 10)  # K = 4..9 (InstructGPT section 3.5)
 
+# Held-out pairs are judged by one labeler of each group, so that accuracies compare alike.
+GROUPS = {"comparisons": ("train",), "comparisons_validation": ("heldout", "train")}
 
-def run(config: Config) -> None:
-    """Write ``comparisons`` and ``comparisons_validation``; half of the latter from held-out labelers."""
-    context = open_run(config)
+
+def run(config: Config, name: str) -> None:
+    """Write ``comparisons`` or ``comparisons_validation``, unless the run has them."""
+    if data.exists(config, name):
+        return
     train_ids, heldout_ids, rank = data.labelers(config)
+    labelers = {"train": train_ids, "heldout": heldout_ids}
+    context = open_run(config)
     with jax.set_mesh(context.mesh):
         policies = _candidates(context)
-        for name, groups in (
-            ("comparisons", {"train": train_ids}),
-            ("comparisons_validation", {"train": train_ids, "heldout": heldout_ids}),
-        ):
-            prompts = data.records(config, name.replace("comparisons", "prompts_reward"))
-            sampler = Sampler(context, prompts, batch_size=config.evaluate.batch_size)
-            rounds = _rounds(context, policies, sampler, name)
-            judge = functools.partial(_judge, config, sampler.records, rounds, groups, rank, name)
-            on_main(judge)
+        prompts = data.records(config, name.replace("comparisons", "prompts_reward"))
+        sampler = Sampler(context, prompts, batch_size=config.evaluate.batch_size)
+        rounds = _rounds(context, policies, sampler, name)
+        judge = functools.partial(_judge, config, sampler.records, rounds, labelers, rank, name)
+        on_main(judge)
 
 
 def _candidates(run: Run) -> list[Any]:
@@ -66,24 +68,22 @@ def _judge(
     config: Config,
     records: Sequence[Record],
     rounds: Sequence[Sequence[Sample]],
-    groups: Mapping[str, Sequence[str]],
+    labelers: Mapping[str, Sequence[str]],
     rank,
     name: str,
 ) -> None:
-    """Let labelers of every group rank the samples, and write the comparisons."""
+    """Let a labeler of every group rank the samples, and write the comparisons."""
     grade = data.grader(config)
     assert grade is not None, "labelers and gold come from the same world"
     rng = np.random.default_rng([config.seed, len(name)])
-    kinds = sorted(groups)
     rows = []
     for i, record in enumerate(records):
         samples = [samples[i] for samples in rounds[: rng.choice(NUM_RESPONSES)]]
         texts = [s.text for s in samples]
         done = [s.finished for s in samples]
         gold = [grade(record, s.text, s.finished)["total"] for s in samples]
-        # Held-out pairs are judged by one labeler of each group, so that accuracies compare alike.
-        for group in kinds:
-            labeler = str(rng.choice(groups[group]))
+        for group in GROUPS[name]:
+            labeler = str(rng.choice(labelers[group]))
             judged = rank(record, texts, done, labeler, name)
             rows.append(
                 {

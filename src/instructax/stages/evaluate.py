@@ -6,8 +6,11 @@ say so). Wins count 1, ties half; intervals are bootstrapped over content keys.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,76 +20,142 @@ from instructax.config import Config
 from instructax.records import prompt_text
 from instructax.runtime.distributed import on_main
 from instructax.stages import data
-from instructax.stages.context import Run, load_params, open_run, write_json
+from instructax.stages.context import Run, load_params, open_run, run_folder, write_json
 from instructax.stages.pretrain import held_out_nll
 from instructax.stages.sampling import Sample, Sampler
 from instructax.stages.trajectories import trajectory
 
 Params = Any
-BASELINE = "sft"
+BASELINE, BEST_OF_N, BASE = "sft", "best_of_n", "base"
 COMPONENTS = ("helpful", "truthful", "harmless", "total")
 
 
-def run(config: Config) -> dict[str, Any]:
-    """Write ``evaluate.json`` into the run's folder and return it."""
-    context = open_run(config)
-    with jax.set_mesh(context.mesh):
-        figures = _evaluate(context)
-    write_json(context.folder / "evaluate.json", figures)
-    for name, rate in figures["winrate"].items():
-        print(f"evaluate: {name} {rate['mean']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]")
-    return figures
+def run(config: Config) -> None:
+    """Measure every policy and write ``evaluate.json`` into the run's folder."""
+    names = subjects(config)
+    if not on_main((run_folder(config) / _stage(BASE)).is_dir):
+        names = [name for name in names if name != BASE]
+    measure(config, names)
+    compare(config, names)
 
 
-def _evaluate(run: Run) -> dict[str, Any]:
+def subjects(config: Config) -> list[str]:
+    """What is measured: the policies, the best of n of the baseline, and the pretrained model's loss."""
+    best = [BEST_OF_N] if config.evaluate.best_of > 1 else []
+    base = [BASE] if data.exists(config, "pretrain_validation") else []
+    return [*config.evaluate.policies, *best, *base]
+
+
+def _stage(name: str) -> str:
+    """The stage or arm whose weights stand behind a subject of the evaluation."""
+    return {BEST_OF_N: BASELINE, BASE: "pretrain"}.get(name, name)
+
+
+def measure(config: Config, names: Sequence[str]) -> None:
+    """Samples and losses of some subjects, each into ``evaluate/<name>.json``."""
+    run = open_run(config)
+    with jax.set_mesh(run.mesh):
+        one = _measuring(run)
+        for name in names:
+            figures = one(name) | {"by": _settings(config)}
+            write_json(_measured(run.folder, name), figures)
+
+
+def unmeasured(config: Config, names: Sequence[str]) -> list[str]:
+    """Those that :func:`measure` has not seen yet, or with other settings."""
+
+    def is_left(name: str) -> bool:
+        path = _measured(run_folder(config), name)
+        return not path.is_file() or json.loads(path.read_text("utf-8"))["by"] != _settings(config)
+
+    return on_main(lambda: [name for name in names if is_left(name)])
+
+
+def _measured(folder: Path, name: str) -> Path:
+    return folder / "evaluate" / f"{name}.json"
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    c = config.evaluate
+    return {"temperature": c.temperature, "use_ema": c.use_ema, "best_of": c.best_of}
+
+
+def _measuring(run: Run) -> Callable[[str], dict[str, Any]]:
     c, config = run.config.evaluate, run.config
-    reward = load_params(run, "reward", run.reward_model, "scalar")
-    reference = load_params(run, "init", config.model, "lm")
     sampler = Sampler(
         run,
         data.records(config, "prompts_evaluation"),
         batch_size=c.batch_size,
         temperature=c.temperature,
     )
-    grade = data.grader(config)
-    keys = np.asarray([data.content_key(record) for record in sampler.records])
+    reward = load_params(run, "reward", run.reward_model, "scalar")
+    reference = load_params(run, "init", config.model, "lm")
     nll = None
     if data.exists(config, "pretrain_validation"):
         nll = held_out_nll(run, config.model, config.pretrain.row_length, c.batch_size)
 
-    samples: dict[str, list[Sample]] = {}
-    nll_by_topic: dict[str, dict[str, float]] = {}
-    if nll is not None and on_main((run.folder / "pretrain").is_dir):
-        nll_by_topic["base"] = nll(load_params(run, "pretrain", config.model, "lm"))
-    for name in c.policies:
-        params = _policy(run, name)
-        samples[name] = sampler.sample(
-            params, run.key(f"evaluate/{name}"), reward=reward, reference=reference
-        )
-        if nll is not None:
-            nll_by_topic[name] = nll(params)
-    if c.best_of > 1:
-        params = _policy(run, BASELINE)
-        samples["best_of_n"] = _best_of(run, sampler, params, reward, c.best_of)
+    def one(name: str) -> dict[str, Any]:
+        params = _weights(run, _stage(name))
+        loss = {} if nll is None or name == BEST_OF_N else nll(params)
+        if name == BASE:
+            return {"nll_by_topic": loss}
+        if name == BEST_OF_N:
+            samples = _best_of(run, sampler, params, reward, c.best_of)
+        else:
+            key = run.key(f"evaluate/{name}")
+            samples = sampler.sample(params, key, reward=reward, reference=reference)
+        return {
+            "nll_by_topic": loss,
+            "samples": [dataclasses.asdict(sample) for sample in samples],
+            "records": sampler.record_index,
+            "left_out": sampler.dropped,
+        }
 
-    gold = {name: _gold(grade, sampler.records, s) for name, s in samples.items()} if grade else {}
+    return one
+
+
+def compare(config: Config, names: Sequence[str]) -> None:
+    """``evaluate.json``: what was measured, against each other and against gold."""
+    winrate = on_main(lambda: _compare(config, names))
+    for name, rate in winrate.items():
+        print(f"evaluate: {name} {rate['mean']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]")
+
+
+def _compare(config: Config, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    c, folder = config.evaluate, run_folder(config)
+    found = {name: json.loads(_measured(folder, name).read_text("utf-8")) for name in names}
+    samples = {
+        name: [Sample(**sample) for sample in m["samples"]]
+        for name, m in found.items()
+        if "samples" in m
+    }
+    # The same prompts for all.
+    some: dict[str, Any] = next(
+        (m for m in found.values() if "samples" in m), {"records": [], "left_out": {}}
+    )
+    everything = data.records(config, "prompts_evaluation")
+    records = [everything[i] for i in some["records"]]
+    grade = data.grader(config)
+    keys = np.asarray([data.content_key(record) for record in records])
+    gold = {name: _gold(grade, records, s) for name, s in samples.items()} if grade else {}
     judged = {
         name: np.asarray(gold[name]["total"] if gold else [s.score for s in rows])
         for name, rows in samples.items()
     }
-    return {
+    winrate = _winrates(judged, samples, keys, c.bootstrap, config.seed)
+    figures = {
         "judge": "gold" if gold else "reward model",
         "weights_judged": "ema" if c.use_ema else "raw",
-        "prompts": len(sampler.records),
-        "prompts_left_out": sampler.dropped,
-        "winrate": _winrates(judged, samples, keys, c.bootstrap, config.seed),
+        "prompts": len(records),
+        "prompts_left_out": some["left_out"],
+        "winrate": winrate,
         "gold": {name: {k: float(v.mean()) for k, v in g.items()} for name, g in gold.items()}
         | _demonstration_gold(config, grade),
-        "by_kind": {name: _by_kind(sampler.records, values) for name, values in judged.items()},
+        "by_kind": {name: _by_kind(records, values) for name, values in judged.items()},
         "kl": {
             name: float(np.mean([s.kl for s in rows]))
             for name, rows in samples.items()
-            if name != "best_of_n"
+            if name != BEST_OF_N
         },
         "score": {name: float(np.mean([s.score for s in rows])) for name, rows in samples.items()},
         "length": {
@@ -95,29 +164,30 @@ def _evaluate(run: Run) -> dict[str, Any]:
         "finished": {
             name: float(np.mean([s.finished for s in rows])) for name, rows in samples.items()
         },
-        "nll_by_topic": nll_by_topic,
+        "nll_by_topic": {name: m["nll_by_topic"] for name, m in found.items() if m["nll_by_topic"]},
         "pairs": {
             name: _paired(judged[name], judged[BASELINE], keys)
             for name in judged
             if name != BASELINE and BASELINE in judged
         },
-        "trajectories": on_main(lambda: _trajectories(run, grade)),
-        "samples": _side_by_side(sampler.records, samples, gold),
+        "trajectories": _trajectories(config, grade),
+        "samples": _side_by_side(records, samples, gold),
     }
+    write_json(folder / "evaluate.json", figures)
+    return winrate
 
 
-def _trajectories(run: Run, grade) -> list[dict[str, Any]]:
+def _trajectories(config: Config, grade) -> list[dict[str, Any]]:
+    folder = run_folder(config)
     records = {
         str(record.get("id", i)): record
-        for i, record in enumerate(data.records(run.config, "prompts_validation"))
+        for i, record in enumerate(data.records(config, "prompts_validation"))
     }
-    arms = [
-        arm.name for arm in run.config.arms if (run.folder / arm.name / "samples.jsonl").is_file()
-    ]
-    return [row for arm in arms for row in trajectory(run.folder, arm, records, grade)]
+    arms = [arm.name for arm in config.arms if (folder / arm.name / "samples.jsonl").is_file()]
+    return [row for arm in arms for row in trajectory(folder, arm, records, grade)]
 
 
-def _policy(run: Run, name: str) -> Params:
+def _weights(run: Run, name: str) -> Params:
     """The weights that are judged: a PPO arm's average or its raw parameters."""
     is_arm = name not in ("sft", "init", "pretrain") and on_main(
         (run.folder / name / "checkpoints").is_dir
@@ -133,7 +203,7 @@ def _best_of(run: Run, sampler: Sampler, params, reward, n: int) -> list[Sample]
     log n - (n - 1) / n.
     """
     best: list[Sample] = []
-    key = run.key("evaluate/best_of_n")
+    key = run.key(f"evaluate/{BEST_OF_N}")
     for k in range(n):
         drawn = sampler.sample(params, jax.random.fold_in(key, k), reward=reward)
         best = drawn if not best else [

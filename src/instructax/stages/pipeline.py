@@ -5,18 +5,19 @@ from __future__ import annotations
 import functools
 import json
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from instructax.config import Config, replace
+from instructax.config import Arm, Config, replace
 from instructax.report import page
 from instructax.resolve import apply_arm
 from instructax.runtime.distributed import join, on_main
 from instructax.runtime.environment import enable_compile_cache, peak_rss_bytes
 from instructax.runtime.folder import open_run as open_folder
-from instructax.runtime.workers import check, side_by_side
+from instructax.runtime.workers import Piece, check, side_by_side
 from instructax.stages import collect, data, evaluate, ppo, pretrain, reward, sft, tokenizer
 from instructax.stages.context import run_folder, write_json
 
@@ -35,8 +36,12 @@ def run(config: Config) -> None:
             tokenizer.run(config)
             model_file = str(folder / "tokenizer.model")
             config = replace(config, tokenizer=replace(config.tokenizer, path=model_file))
-        for seed in range(config.seed, config.seed + config.seeds):
-            _one_seed(replace(config, name=f"{config.name}/seed{seed}", seed=seed))
+        seeds = range(config.seed, config.seed + config.seeds)
+        of_seed = [replace(config, name=f"{config.name}/seed{s}", seed=s) for s in seeds]
+        unfinished = [c for c in of_seed if not on_main((run_folder(c) / "evaluate.json").is_file)]
+        side_by_side([piece for c in unfinished for piece in _pieces(c)], config.workers)
+        for c in unfinished:
+            evaluate.compare(c, evaluate.subjects(c))
     on_main(lambda: _report(config, spent))
 
 
@@ -46,30 +51,47 @@ def _report(config: Config, spent: _Spent) -> None:
     print(f"report: {page.write_report(folder)}")
 
 
-def _one_seed(config: Config) -> None:
-    """InstructGPT figure 2: demonstrations, comparisons, reinforcement learning."""
-    folder = run_folder(config)
-    if on_main((folder / "evaluate.json").is_file):
-        return
-    pretrain.run(config)
-    init = functools.partial(sft.run, config, init=True)
-    side_by_side([functools.partial(_preferences, config), init], config.workers)
-    arms = [functools.partial(ppo.run, apply_arm(config, arm), arm.name) for arm in config.arms]
-    side_by_side(arms, config.workers)
-    evaluate.run(config)
+def _pieces(config: Config) -> list[Piece]:
+    """One seed (InstructGPT figure 2): demonstrations, comparisons, reinforcement learning."""
+    pieces: list[Piece] = []
+
+    def add(name: str, call: Callable[..., object], *arguments: Any, after: Sequence[str] = ()):
+        waits = tuple(f"{config.name}/{other}" for other in after)
+        work = functools.partial(call, config, *arguments)
+        pieces.append(Piece(f"{config.name}/{name}", work, waits))
+
+    add("pretrain", pretrain.run)
+    add("sft", sft.run, after=["pretrain"])
+    add("init", sft.run, True, after=["pretrain"])
+    # The embedded world's labelers rank this run's samples; a user's comparisons are there already.
+    own = config.data.world is None and data.exists(config, "comparisons")
+    collected = [] if own else list(collect.GROUPS)
+    for name in collected:
+        add(name, collect.run, name, after=["sft"])
+    add("reward", reward.run, after=["sft", *collected])
+    add("baselines", _baselines, after=["init", "reward"])
+    for arm in config.arms:
+        from_sft = apply_arm(config, arm).ppo.init_from == "sft"
+        add(arm.name, _arm, arm, after=["baselines" if from_sft else "init", "reward"])
+    return pieces
 
 
-def _preferences(config: Config) -> None:
-    """From demonstrations to a reward model, and with it the choice of SFT's epoch."""
-    sft.run(config)
-    if not _has_comparisons(config):
-        collect.run(config)
-    reward.run(config)
+def _baselines(config: Config) -> None:
+    """The reward model, itself begun from the epoch that is best by loss, chooses among SFT's epochs."""
     sft.select(config)
+    arms = {arm.name for arm in config.arms}
+    _measure(config, [name for name in evaluate.subjects(config) if name not in arms])
 
 
-def _has_comparisons(config: Config) -> bool:
-    return data.exists(config, "comparisons")
+def _arm(config: Config, arm: Arm) -> None:
+    ppo.run(apply_arm(config, arm), arm.name)
+    if arm.name in config.evaluate.policies:
+        _measure(config, [arm.name])
+
+
+def _measure(config: Config, names: Sequence[str]) -> None:
+    if left := evaluate.unmeasured(config, names):
+        evaluate.measure(config, left)
 
 
 class _Spent:

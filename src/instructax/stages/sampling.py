@@ -65,7 +65,8 @@ class Sampler:
         self.dropped = examples.dropped
         if any(self.dropped.values()):
             print(f"sampling: {len(examples)} prompts, left out: {self.dropped}")
-        self.records = [records[i] for i in examples.record_index_n]
+        self.record_index = [int(i) for i in examples.record_index_n]
+        self.records = [records[i] for i in self.record_index]
         # Rows that only fill up change nothing: a response depends on its own prompt alone.
         parts = mesh.shards(run.mesh)
         stream = prompt_data.stream(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -157,6 +158,11 @@ def select(config: Config, stage: str = "sft") -> Mapping[str, Any]:
     by = c.select_by
     if by == "auto":
         by = "reward" if has_reward else "loss"
+    how = {"by": by} | ({"samples": c.select_samples} if by == "reward" else {})
+    inputs = [folder / "metrics.jsonl"]
+    inputs += [context.folder / "reward" / "validation.json"] if by == "reward" else []
+    if (stands := on_main(lambda: _chosen(folder / "chosen.json", how, inputs))) is not None:
+        return stands
     if by == "reward":
         with jax.set_mesh(context.mesh):
             _score_candidates(context, folder, candidates, c.select_samples)
@@ -164,9 +170,17 @@ def select(config: Config, stage: str = "sft") -> Mapping[str, Any]:
     else:
         chosen = min(candidates, key=lambda candidate: candidate["nll"])
     write_json(folder / "candidates.json", candidates)
-    write_json(folder / "chosen.json", chosen | {"by": by})
+    write_json(folder / "chosen.json", chosen | how)
     print(f"{stage}: epoch {chosen['epoch']} of {len(candidates)} chosen by {by}")
     return chosen
+
+
+def _chosen(path: Path, how: Mapping[str, Any], inputs: Sequence[Path]) -> dict[str, Any] | None:
+    """An earlier choice that still stands: made the same way, and later than all it depends on."""
+    if not path.is_file() or any(p.stat().st_mtime_ns > path.stat().st_mtime_ns for p in inputs):
+        return None
+    chosen = json.loads(path.read_text("utf-8"))
+    return chosen if how.items() <= chosen.items() else None
 
 
 def _validation_losses(path) -> list[tuple[int, float]]:
