@@ -166,7 +166,7 @@ def test_decode_refuses_tokens_and_caches_by_name():
         message = refused(ValueError, decode, other)
         assert message == f"token_B must have rank 1, got shape {other.shape}"
     message = refused(ValueError, decode, I_B[:2])
-    assert message == "token_B has shape (2,), but cache.start_B has shape (3,)"
+    assert message == "token_B has shape (2,), but cache.next_B has shape (3,)"
     assert refused(TypeError, decode, I_B, cache=()) == "cache must be a Cache, got tuple"
 
 

@@ -15,6 +15,7 @@ from instructax.batches import Layout, padded_layout, pytree
 from instructax.config import ModelConfig
 from instructax.models.attention import attention, heads_first, visible
 from instructax.models.layers import Block
+from instructax.models.stored import Stored, like, look, put, store
 from instructax.models.transformer import embed, finish
 
 Array = Any
@@ -23,12 +24,19 @@ Params = Any
 
 @pytree
 class Cache:
-    """Keys and values of what has been read. Slot s of row b holds position s - start_b."""
+    """Keys and values of what has been read, and of which position they are in every row.
 
-    key: tuple[Array, ...]  # one per layer, BxGxSxC
-    value: tuple[Array, ...]  # one per layer, BxGxSxC
-    start_B: Array  # int32, the first real slot: prompts are left-padded
-    length: Array  # int32 scalar, slots written so far
+    The slots behind the prompts are a ring, and all rows write the next token into the same slot of
+    it, whatever its position: rows that began at other times decode together without a scatter. A
+    row must have ended when the ring comes round to its first token.
+    """
+
+    key: tuple[Stored, ...]  # one per layer, BxGxSxC
+    value: tuple[Stored, ...]  # one per layer, BxGxSxC
+    position_BxS: Array  # int32, -1 where there is nothing for this row to see
+    next_B: Array  # int32, the position of the next token
+    slot: Array  # int32 scalar, where it is written
+    ring: Array  # int32 scalar, the first slot behind the prompts
 
 
 def rollout_copy(params: Params, config: ModelConfig) -> Params:
@@ -49,17 +57,10 @@ def _apply(block: Block, params: Params, x: Array, position_BxL: Array, attend: 
     return block.apply({"params": params}, x, position_BxL, attend)
 
 
-def prefill(
-    copy: Params, config: ModelConfig, token_BxP: Array, mask_BxP: Array, slots: int
-) -> tuple[Array, Cache]:
-    """Read left-padded prompts. Returns (hidden_BxD of the last token, cache with ``slots`` slots)."""
-    length = token_BxP.shape[1]
-    if slots < length:
-        raise ValueError(f"slots is {slots}, but the prompts take {length}")
-    layout: Layout = padded_layout(token_BxP, mask_BxP)
+def _read(copy: Params, config: ModelConfig, layout: Layout) -> tuple[Array, list, list]:
+    """(x_RxLxD before the final norm, keys, values), one RxGxLxC a layer."""
     block = Block(config)
     x = embed(copy, config, layout.token_BxL, layout.position_BxL)
-    pad = ((0, 0), (0, 0), (0, slots - length), (0, 0))
     keys: list[Array] = []
     values: list[Array] = []
     for i, params in enumerate(copy["blocks"]):
@@ -70,39 +71,151 @@ def prefill(
             return attention(q, k, v, mask), (k, v)
 
         x, (key, value) = _apply(block, params, x, layout.position_BxL, attend)
-        key, value = jnp.pad(key, pad), jnp.pad(value, pad)
         keys.append(key)
         values.append(value)
-    cache = Cache(
-        key=tuple(keys),
-        value=tuple(values),
-        start_B=length - mask_BxP.astype(jnp.int32).sum(axis=1),
-        length=jnp.asarray(length, jnp.int32),
+    return x, keys, values
+
+
+def _cache(keys: list, values: list, mask_BxP: Array, slots: int, dtype: str | None) -> Cache:
+    """A cache of ``slots`` slots that begins with these prompts."""
+    length = mask_BxP.shape[1]
+    if slots < length:
+        raise ValueError(f"slots is {slots}, but the prompts take {length}")
+    pad = ((0, 0), (0, 0), (0, slots - length), (0, 0))
+    count_BxP = jnp.cumsum(mask_BxP.astype(jnp.int32), axis=1)
+    position_BxP = jnp.where(mask_BxP, count_BxP - 1, -1)
+    return Cache(
+        key=tuple(store(jnp.pad(key, pad), dtype) for key in keys),
+        value=tuple(store(jnp.pad(value, pad), dtype) for value in values),
+        position_BxS=jnp.pad(position_BxP, ((0, 0), (0, slots - length)), constant_values=-1),
+        next_B=count_BxP[:, -1],
+        slot=jnp.asarray(length, jnp.int32),
+        ring=jnp.asarray(length, jnp.int32),
     )
+
+
+def prefill(
+    copy: Params,
+    config: ModelConfig,
+    token_BxP: Array,
+    mask_BxP: Array,
+    slots: int,
+    dtype: str | None = None,
+) -> tuple[Array, Cache]:
+    """Read left-padded prompts. Returns (hidden_BxD of the last token, cache with ``slots`` slots)."""
+    x, keys, values = _read(copy, config, padded_layout(token_BxP, mask_BxP))
+    cache = _cache(keys, values, mask_BxP, slots, dtype)
     return finish(copy, config, x[:, -1:])[:, 0], cache
 
 
+def prefill_packed(
+    copy: Params,
+    config: ModelConfig,
+    layout: Layout,
+    home_BxP: Array,
+    slots: int,
+    dtype: str | None = None,
+    shards: int = 1,
+) -> tuple[Array, Cache]:
+    """:func:`prefill` of prompts that lie packed in rows, each a segment of its own.
+
+    Args:
+      home_BxP: which slot of the layout, counted through its R rows, holds each slot of the
+        left-padded prompts; -1 is padding. Rows may name the same slots: samples of one prompt.
+      shards: R and B lie in so many equal parts, and a part's ``home`` names slots of its own
+        part, counted from its beginning, so that keys and values stay on their device.
+    """
+    x, keys, values = _read(copy, config, layout)
+    mask_BxP = home_BxP >= 0
+    index_BxP = jnp.where(mask_BxP, home_BxP, 0)
+
+    def gather(y_RxLxF: Array, index_BxI: Array) -> Array:
+        """Behind a leading axis of shards, so that a mesh need not move anything."""
+        width = y_RxLxF.shape[-1]
+        found = jnp.take_along_axis(
+            y_RxLxF.reshape(shards, -1, width), index_BxI.reshape(shards, -1, 1), axis=1
+        )
+        return found.reshape(*index_BxI.shape, width)
+
+    def home(y_RxGxLxC: Array) -> Array:
+        _, groups, _, width = y_RxGxLxC.shape
+        y_RxLxF = heads_first(y_RxGxLxC).reshape(*layout.token_BxL.shape, groups * width)
+        return heads_first(gather(y_RxLxF, index_BxP).reshape(*index_BxP.shape, groups, width))
+
+    cache = _cache([home(k) for k in keys], [home(v) for v in values], mask_BxP, slots, dtype)
+    return finish(copy, config, gather(x, index_BxP[:, -1:]))[:, 0], cache
+
+
+def empty(
+    config: ModelConfig, rows: int, prompt_slots: int, slots: int, dtype: str | None
+) -> Cache:
+    """A cache in which nobody sees anything; :func:`admit` fills its rows."""
+    nothing = jnp.zeros(
+        (rows, config.kv_heads, prompt_slots, config.head_width), config.compute_dtype
+    )
+    layers = [nothing] * config.num_layers
+    return _cache(layers, layers, jnp.zeros((rows, prompt_slots), bool), slots, dtype)
+
+
+def repeat_rows(cache: Cache, copies: int) -> Cache:
+    """Every row ``copies`` times, one behind another: samples of one prompt."""
+
+    def rows(x: Array) -> Array:
+        return jnp.repeat(x, copies, axis=0) if x.ndim else x
+
+    return jax.tree.map(rows, cache)
+
+
+def admit(cache: Cache, prompts: Cache, row: Array, prompt: Array) -> Cache:
+    """The cache with a row of ``prompts``, which holds prompts alone, in place of one of its own."""
+
+    def taken(x: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(x, prompt, 1)
+
+    def placed(stored: Stored, new: Stored) -> Stored:
+        return put(stored, jax.tree.map(taken, new), row, 0)
+
+    position_1xP = taken(prompts.position_BxS)
+    ring = cache.position_BxS.shape[1] - position_1xP.shape[1]
+    position_1xS = jnp.pad(position_1xP, ((0, 0), (0, ring)), constant_values=-1)
+    return Cache(
+        key=tuple(map(placed, cache.key, prompts.key)),
+        value=tuple(map(placed, cache.value, prompts.value)),
+        position_BxS=jax.lax.dynamic_update_slice_in_dim(
+            cache.position_BxS, position_1xS, row, axis=0
+        ),
+        next_B=cache.next_B.at[row].set(prompts.next_B[prompt]),
+        slot=cache.slot,
+        ring=cache.ring,
+    )
+
+
 def decode(copy: Params, config: ModelConfig, token_B: Array, cache: Cache) -> tuple[Array, Cache]:
-    """Read one token a row at the cache's next slot. Returns (hidden_BxD, cache)."""
-    slot = cache.length
-    slot_S = jnp.arange(cache.key[0].shape[2], dtype=jnp.int32)
-    position_Bx1 = (slot - cache.start_B)[:, None]
-    seen_BxS = (slot_S[None] >= cache.start_B[:, None]) & (slot_S[None] <= slot)
+    """Read one token a row into the cache's next slot. Returns (hidden_BxD, cache)."""
+    slot = cache.slot
+    # Rows that have ended go on until the last has: their positions must not leave the table.
+    position_Bx1 = jnp.minimum(cache.next_B, config.context_length - 1)[:, None]
+    position_BxS = jax.lax.dynamic_update_slice_in_dim(
+        cache.position_BxS, position_Bx1, slot, axis=1
+    )
     block = Block(config)
     x = embed(copy, config, token_B[:, None], position_Bx1)
     keys, values = [], []
     for i, params in enumerate(copy["blocks"]):
         band = _band(config, i)
-        mask = seen_BxS if band is None else seen_BxS & (slot_S[None] > slot - band)
+        mask = position_BxS >= 0
+        if band is not None:
+            mask = mask & (position_BxS > position_Bx1 - band)
 
         def attend(q, k, v, i=i, mask=mask):
-            k, v = heads_first(k), heads_first(v)
-            key = jax.lax.dynamic_update_slice_in_dim(cache.key[i], k, slot, axis=2)
-            value = jax.lax.dynamic_update_slice_in_dim(cache.value[i], v, slot, axis=2)
-            return attention(q, key, value, mask[:, None]), (key, value)
+            key, value = cache.key[i], cache.value[i]
+            key = put(key, like(heads_first(k), key), 0, slot)
+            value = put(value, like(heads_first(v), value), 0, slot)
+            return look(q, key, value, mask[:, None]), (key, value)
 
         x, (key, value) = _apply(block, params, x, position_Bx1, attend)
         keys.append(key)
         values.append(value)
-    cache = Cache(tuple(keys), tuple(values), cache.start_B, slot + 1)
+    following = jnp.where(slot + 1 == position_BxS.shape[1], cache.ring, slot + 1)
+    cache = Cache(tuple(keys), tuple(values), position_BxS, cache.next_B + 1, following, cache.ring)
     return finish(copy, config, x)[:, 0], cache

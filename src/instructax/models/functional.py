@@ -17,14 +17,19 @@ from instructax.batches import Layout, check_layout, predecessor
 from instructax.config import ModelConfig
 from instructax.models import cache as cache_lib
 from instructax.models import transformer
-from instructax.models.cache import Cache, rollout_copy
+from instructax.models.cache import Cache, admit, repeat_rows, rollout_copy
+from instructax.models.cache import empty as empty_cache
 
 __all__ = [
     "Cache",
+    "admit",
     "decode",
+    "empty_cache",
     "init",
     "num_parameters",
     "prefill",
+    "prefill_packed",
+    "repeat_rows",
     "replace_head",
     "rollout_copy",
     "scalars",
@@ -156,7 +161,12 @@ def scalars(
 
 
 def prefill(
-    copy: Params, model_config: ModelConfig, token_BxP: Array, mask_BxP: Array, slots: int
+    copy: Params,
+    model_config: ModelConfig,
+    token_BxP: Array,
+    mask_BxP: Array,
+    slots: int,
+    cache_dtype: str | None = None,
 ) -> tuple[Array, Cache]:
     """(logits_BxV float32 after the prompts, cache). ``copy`` comes from :func:`rollout_copy`.
 
@@ -166,7 +176,25 @@ def prefill(
     shapes.int_array("token_BxP", token_BxP, 2)
     shapes.bool_array("mask_BxP", mask_BxP, 2)
     shapes.same_shape(token_BxP=token_BxP, mask_BxP=mask_BxP)
-    x_BxD, cache = cache_lib.prefill(copy, model_config, token_BxP, mask_BxP, slots)
+    x_BxD, cache = cache_lib.prefill(copy, model_config, token_BxP, mask_BxP, slots, cache_dtype)
+    return _next_logits(copy, model_config, x_BxD), cache
+
+
+def prefill_packed(
+    copy: Params,
+    model_config: ModelConfig,
+    layout: Layout,
+    home_BxP: Array,
+    slots: int,
+    cache_dtype: str | None = None,
+    shards: int = 1,
+) -> tuple[Array, Cache]:
+    """:func:`prefill` of prompts packed in rows; see :func:`instructax.models.cache.prefill_packed`."""
+    check_layout(layout)
+    shapes.int_array("home_BxP", home_BxP, 2)
+    x_BxD, cache = cache_lib.prefill_packed(
+        copy, model_config, layout, home_BxP, slots, cache_dtype, shards
+    )
     return _next_logits(copy, model_config, x_BxD), cache
 
 
@@ -181,7 +209,7 @@ def decode(
     shapes.int_array("token_B", token_B, 1)
     if not isinstance(cache, Cache):
         raise TypeError(f"cache must be a Cache, got {type(cache).__name__}")
-    shapes.same_shape(**{"cache.start_B": cache.start_B, "token_B": token_B})
+    shapes.same_shape(**{"cache.next_B": cache.next_B, "token_B": token_B})
     x_BxD, cache = cache_lib.decode(copy, model_config, token_B, cache)
     return _next_logits(copy, model_config, x_BxD), cache
 
