@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -158,10 +158,41 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     """Pin the sharding of an activation; does nothing where no mesh is set.
 
     The mesh is the one of the enclosing ``jax.set_mesh``, so that models never carry it around.
+    Inside of :func:`by_batch_shard` a device sees its own rows alone: only the other axes are left.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
+    if mesh.manual_axes:
+        logical_axes = tuple(None if name == "batch" else name for name in logical_axes)
     return jax.lax.with_sharding_constraint(
         x, spec("activation", x.shape, logical_axes, dict(mesh.shape))
     )
+
+
+def batch_shards() -> int:
+    """How many parts the mesh of the enclosing ``jax.set_mesh`` divides rows into; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(dict(mesh.shape).get(axis, 1) for axis in BATCH_AXES)
+
+
+def by_batch_shard(function: Callable[..., Any], whole: int) -> Callable[..., Any]:
+    """``function`` on every shard's rows apart, so that its loops may end at other times.
+
+    The first ``whole`` arguments are the same for all shards: what is sharded over ``fsdp`` is gathered
+    once. All others, and the results, have rows. Tensor parallelism stays the compiler's.
+    """
+    if batch_shards() == 1:
+        return function
+
+    def call(*args):
+        specs = tuple(PartitionSpec() if i < whole else batch_spec() for i in range(len(args)))
+        return jax.shard_map(
+            function,
+            in_specs=specs,
+            out_specs=batch_spec(),
+            axis_names=set(BATCH_AXES),
+            check_vma=False,
+        )(*args)
+
+    return call

@@ -14,13 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instructax.batches import Layout, Rollout, first_fit
+from instructax.batches import Layout, Rollout, first_fit, padded_layout
 from instructax.partitioning import constrain
 
 Array = Any
 
 # Numbers of rows to choose from: another number is another program, so they are few.
 PARTS = 6
+# Slots of a padded prompt up to which two share a row at least.
+SHORT = 512
 
 
 def padded_rows(order_UxM: np.ndarray, width: int) -> np.ndarray:
@@ -29,16 +31,22 @@ def padded_rows(order_UxM: np.ndarray, width: int) -> np.ndarray:
 
 
 def packed_rows(
-    order_UxM: np.ndarray, start_B: np.ndarray, length_B: np.ndarray, width: int, shards: int = 1
+    order_UxM: np.ndarray,
+    start_B: np.ndarray,
+    length_B: np.ndarray,
+    width: int,
+    shards: int = 1,
+    share: int = 1,
 ) -> np.ndarray:
     """source_UxRxL with the M episodes of each of U groups packed into R <= M rows, longest first.
 
     Args:
-      order_UxM: the episodes of each group.
+      order_UxM: the episodes of each group; -1 is none.
       start_B: first real slot of each padded episode.
       length_B: its real slots, which are contiguous.
-      width: slots of a row, padded or packed.
+      width: slots of a padded row.
       shards: R is a multiple of it; M must be.
+      share: L is as many times ``width``, so that R <= M / share, rounded up.
 
     Raises:
       ValueError: an episode that leaves its row, or M that ``shards`` does not divide.
@@ -49,12 +57,14 @@ def packed_rows(
         raise ValueError(f"order_UxM has {size} episodes a group, not a multiple of {shards}")
     if (start_B < 0).any() or (length_B < 0).any() or (start_B + length_B > width).any():
         raise ValueError(f"start_B and length_B must lie within rows of {width} slots")
-    longest_first_UxM = [order_M[length_B[order_M].argsort()[::-1]] for order_M in order_UxM]
-    plans = [first_fit(length_B[order_M].tolist(), width) for order_M in longest_first_UxM]
+    there_UxM = [order_M[order_M >= 0] for order_M in order_UxM]
+    longest_first_UxM = [order_M[length_B[order_M].argsort()[::-1]] for order_M in there_UxM]
+    capacity, most = share * width, -(-size // share // shards) * shards
+    plans = [first_fit(length_B[order_M].tolist(), capacity) for order_M in longest_first_UxM]
     needed = max(map(len, plans))
-    step = -(-size // PARTS // shards) * shards if size >= PARTS * shards else shards
-    rows = min(size, -(-needed // step) * step)
-    source_UxRxL = np.full((groups, rows, width), -1, np.int32)
+    step = -(-most // PARTS // shards) * shards if most >= PARTS * shards else shards
+    rows = min(most, -(-needed // step) * step)
+    source_UxRxL = np.full((groups, rows, capacity), -1, np.int32)
     for group, (order_M, plan) in enumerate(zip(longest_first_UxM, plans, strict=True)):
         for row, members in enumerate(plan):
             slot = 0
@@ -86,6 +96,60 @@ def episode_rows(
         prompt_slots + slots,
         shards,
     )
+
+
+def prompt_rows(mask_MxP: np.ndarray, group: int | None = None, shards: int = 1) -> np.ndarray:
+    """source_UxRxL of left-padded prompts, packed by shard and, within a shard, by groups to be read one by one.
+
+    Rows are two prompts long where prompts are short: more fits, and attention is a small part there.
+
+    Args:
+      group: prompts of a group; None reads all prompts of a shard at once.
+      shards: equal parts of the prompts. A plan's slots are counted within its own part.
+    """
+    mask_MxP = np.asarray(mask_MxP)
+    prompts, width = mask_MxP.shape
+    if prompts % shards:
+        raise ValueError(f"mask_MxP has {prompts} prompts, not a multiple of {shards}")
+    part = prompts // shards
+    size = part if group is None else min(group, part)
+    order = np.arange(-(-part // size) * size, dtype=np.int32)
+    order_GxW = np.where(order < part, order, -1).reshape(-1, size)
+    order_UxW = np.concatenate(
+        [np.where(order_GxW < 0, -1, order_GxW + i * part) for i in range(shards)]
+    )
+    length_M = mask_MxP.sum(axis=1)
+    share = 2 if width <= SHORT else 1
+    source_UxRxL = packed_rows(order_UxW, width - length_M, length_M, width, share=share)
+    begins_U = np.repeat(np.arange(shards) * part * width, len(order_GxW)).astype(np.int32)
+    return np.where(source_UxRxL < 0, -1, source_UxRxL - begins_U[:, None, None])
+
+
+def read_prompts(
+    token_MxP: Array, mask_MxP: Array, source_DxRxL: Array, copies: int = 1
+) -> tuple[Layout, Array]:
+    """(layout of D R packed rows, home_BxP): a :func:`prompt_rows` plan of a group for each of D parts.
+
+    ``home`` says which slot of its part's rows holds each slot of a prompt, ``copies`` rows a prompt
+    one behind another; -1 is padding, and what this plan does not read.
+    """
+    parts, rows, length = source_DxRxL.shape
+    prompts, width = token_MxP.shape
+    size = prompts // parts * width
+    part_D = jnp.arange(parts, dtype=jnp.int32)
+    offset_Dx1x1 = (part_D * size)[:, None, None]
+    everywhere_DxRxL = jnp.where(source_DxRxL >= 0, source_DxRxL + offset_Dx1x1, -1)
+    layout = take_layout(
+        padded_layout(token_MxP, mask_MxP), everywhere_DxRxL.reshape(parts * rows, length)
+    )
+    slot_DxI = source_DxRxL.reshape(parts, rows * length)
+    # One slot more than there are takes what padding writes.
+    home_DxJ = jnp.full((parts, size + 1), -1, jnp.int32)
+    home_DxJ = home_DxJ.at[part_D[:, None], jnp.where(slot_DxI >= 0, slot_DxI, size)].set(
+        jnp.arange(rows * length, dtype=jnp.int32)[None]
+    )
+    home_MxP = home_DxJ[:, :size].reshape(prompts, width)
+    return layout, jnp.repeat(home_MxP, copies, axis=0)
 
 
 def take(x_BxL: Array, source_RxL: Array) -> Array:

@@ -19,15 +19,19 @@ def episode_keys(key: Any, episode_B: Any, t: Any) -> jax.Array:
     """key_B = fold_in(fold_in(key, episode_b), t).
 
     Args:
-      key: one typed key (of the run, folded with the iteration).
+      key: one typed key (of the run, folded with the iteration), or one a row.
       episode_B: integers, the global episode indices.
-      t: the index of the token within its response, a number or a traced scalar.
+      t: the index of the token within its response: a number, a traced scalar, or one a row.
     """
-    key = shapes.key_array("key", key, 0)
     episode_B = jnp.asarray(shapes.int_array("episode_B", episode_B, 1))
-    return jax.vmap(lambda episode: jax.random.fold_in(jax.random.fold_in(key, episode), t))(
-        episode_B
-    )
+    key = shapes.key_array("key", key, min(jnp.ndim(key), 1))
+    t = jnp.asarray(t)
+
+    def one(key, episode, t):
+        return jax.random.fold_in(jax.random.fold_in(key, episode), t)
+
+    rows_of = (0 if key.ndim else None, 0, 0 if t.ndim else None)
+    return jax.vmap(one, in_axes=rows_of)(key, episode_B, t)
 
 
 def sample_tokens(

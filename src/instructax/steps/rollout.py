@@ -19,10 +19,11 @@ from instructax.batches import (
 from instructax.config import ModelConfig, PpoConfig
 from instructax.models import functional as model
 from instructax.rl.gae import generalized_advantage
-from instructax.rl.generate import CUT_BY_LENGTH, ENDED_BY_STOP, generate
+from instructax.rl.generate import CUT_BY_LENGTH, ENDED_BY_STOP, Drawing, generate
 from instructax.rl.kl import per_token_kl
-from instructax.rl.packing import on_rows
+from instructax.rl.packing import on_rows, read_prompts
 from instructax.rl.rewards import apply_missing_eos, shaped_reward
+from instructax.steps.slots import sample_in_slots
 
 Array = Any
 Params = Any
@@ -32,6 +33,7 @@ def sample_responses(
     params: Params,
     key: Array,
     prompts: PromptBatch,
+    source_UxRxL: Array | None = None,
     *,
     model_config: ModelConfig,
     response_length: int,
@@ -41,13 +43,50 @@ def sample_responses(
     stop_ids: tuple[int, ...] = (),
     top_k: int | None = None,
     top_p: float | None = None,
+    slots: int | None = None,
+    cache_dtype: str | None = None,
 ) -> Responses:
-    """One response a prompt from the policy, by cached decoding with the rollout copy."""
-    copy = model.rollout_copy(params, model_config)
-    slots = prompts.token_BxP.shape[1] + response_length
+    """Responses from the policy, by cached decoding with the rollout copy; the same in every form.
 
-    def prefill(token_BxP, mask_BxP):
-        return model.prefill(copy, model_config, token_BxP, mask_BxP, slots)
+    Args:
+      key: one key for a response a prompt; n keys for n, prompt by prompt, of which each prompt is
+        read once (:func:`instructax.rl.generate.samples`).
+      source_UxRxL: the rows in which prompts are read (:func:`instructax.rl.packing.prompt_rows`,
+        with groups of :func:`instructax.steps.slots.group_size` where there are slots); None pays
+        for their padding.
+      slots: rows that decode at a time, those of all batch shards together; None, or as many as there
+        are responses, gives every response its own.
+      cache_dtype: of keys and values; None is the compute dtype.
+    """
+    copy = model.rollout_copy(params, model_config)
+    copies = key.shape[0] if key.shape else 1
+    if slots is not None and slots < prompts.episode_B.shape[0] * copies:
+        return sample_in_slots(
+            copy,
+            key,
+            prompts,
+            source_UxRxL,
+            model_config=model_config,
+            slots=slots,
+            response_length=response_length,
+            pad_id=pad_id,
+            drawing=Drawing(temperature, eos_id, model_config.vocab_size, stop_ids, top_k, top_p),
+            cache_dtype=cache_dtype,
+        )
+    length = prompts.token_BxP.shape[1] + response_length
+
+    def prefill(token_MxP, mask_MxP):
+        if source_UxRxL is not None:
+            layout, home_BxP = read_prompts(token_MxP, mask_MxP, source_UxRxL, copies)
+            return model.prefill_packed(
+                copy, model_config, layout, home_BxP, length, cache_dtype, source_UxRxL.shape[0]
+            )
+        logits_MxV, cache = model.prefill(
+            copy, model_config, token_MxP, mask_MxP, length, cache_dtype
+        )
+        if copies == 1:
+            return logits_MxV, cache
+        return jnp.repeat(logits_MxV, copies, axis=0), model.repeat_rows(cache, copies)
 
     def decode(token_B, cache):
         return model.decode(copy, model_config, token_B, cache)
