@@ -130,8 +130,8 @@ def test_a_temperature_is_a_real_scalar(name):
 def test_prefill_gives_logits_a_row_and_a_cache_of_the_slots_asked_for():
     logits, got = prefill()
     assert logits.shape == (B, VOCAB) and logits.dtype == jnp.float32
-    assert {(x.shape[0], x.shape[2]) for x in (*got.key, *got.value)} == {(B, SLOTS)}
-    assert got.start_B.shape == (B,) and got.start_B.dtype == jnp.int32
+    assert {(x.data.shape[0], x.data.shape[2]) for x in (*got.key, *got.value)} == {(B, SLOTS)}
+    assert got.next_B.shape == (B,) and got.next_B.dtype == jnp.int32
 
 
 def test_prefill_refuses_tokens_and_masks_by_their_own_names():

@@ -18,7 +18,10 @@ class Drawn:
         self.noise, self.prompts = noise, prompts
         self.scores: list[np.ndarray] = []
 
-    def sample(self, params, key, *, reward):
+    def rounds(self, params, keys, *, reward):
+        return [self.round(key) for key in keys]
+
+    def round(self, key):
         self.scores.append(
             np.arange(self.prompts) + self.noise * np.asarray(jax.random.normal(key, self.prompts))
         )

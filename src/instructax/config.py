@@ -456,6 +456,12 @@ class PpoConfig:
     """Slots for prompts (left-padded)."""
     response_length: int = 1024
     """Longest response in tokens."""
+    rollout_slots: int | None = None
+    """Rows that decode at a time, in rollouts and in every other sampling: where a response ends, the next prompt takes its
+    slot, so that none waits for the longest. None gives every response of a batch a row. The responses are the same."""
+    cache_dtype: Literal["bfloat16", "int8"] | None = None
+    """Dtype of keys and values while sampling; int8 has a scale for every token and head, and none is model.compute_dtype.
+    What it costs in exactness is logged as val/sampler_gap_mean and _max."""
     stop_texts: tuple[str, ...] = ()
     """Single tokens besides EOS that end a response."""
     init_from: str = ""
@@ -489,7 +495,7 @@ class SampleConfig:
     top_p: float | None = None
     """Keep the likeliest tokens up to this mass; none means all."""
     batch_size: int = 64
-    """Prompts of a batch."""
+    """Responses of a batch; several of one prompt share its reading."""
 
 
 @dataclass(frozen=True)
@@ -507,7 +513,7 @@ class EvaluateConfig:
     bootstrap: int = 1000
     """Resamples behind intervals."""
     batch_size: int = 64
-    """Prompts of a batch."""
+    """Responses of a batch; several of one prompt share its reading."""
 
 
 @dataclass(frozen=True)

@@ -310,6 +310,14 @@ def mesh_rules(config: Config, verb: str | None) -> Iterator[Problem]:
     shards = mesh.data * mesh.fsdp
     if inferred and inferred != ["model"]:
         return
+    slots = config.ppo.rollout_slots
+    if uses(verb) & {"sft", "init", "ppo", "sample", "evaluate"} and slots and slots % shards:
+        yield (
+            "ppo.rollout_slots",
+            slots,
+            f"is not divided by the {shards} batch shards of mesh.data * mesh.fsdp",
+            f"use a multiple of {shards}, or none",
+        )
     for name in sorted(uses(verb) - {"reward"}):
         field = "minibatch_size" if name == "ppo" else "batch_size"
         section = getattr(config, name)

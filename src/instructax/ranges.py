@@ -94,7 +94,8 @@ RANGES: dict[type, dict[str, Range]] = {
         **_table(
             NOT_NEGATIVE="kl_coef ptx_coef rl_coef log_prompts",
             COUNT="episodes batch_size minibatch_size grad_accumulation inner_epochs kl_horizon "
-            "prompt_length response_length ptx_examples_per_episode checkpoint_every sample_every",
+            "prompt_length response_length rollout_slots ptx_examples_per_episode "
+            "checkpoint_every sample_every",
             POSITIVE="value_clip_range temperature kl_target",
             ABOVE_ZERO="discount",
             FRACTION="gae_lambda",

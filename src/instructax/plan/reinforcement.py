@@ -158,6 +158,7 @@ class Reinforcement(Shapes):
             pad_id=PAD,
             # Their number counts, not which they are.
             stop_ids=tuple(range(EOS + 1, EOS + 1 + len(c.stop_texts))),
+            cache_dtype=c.cache_dtype,
         )
         parts = mesh_lib.shards(self.mesh)
         tensor = self.mesh.shape["model"]
@@ -165,6 +166,8 @@ class Reinforcement(Shapes):
         # Keys and values are of a row and a head, and lie where both do.
         cache = 2.0 * m.num_layers * rows / parts * slots * m.kv_heads / tensor * m.head_width
         copy = shard_bytes(params) * width / 4
+        # int8 has a float32 scale for every token and head.
+        kept = {"bfloat16": 2.0, "int8": 1 + 4 / m.head_width}.get(c.cache_dtype or "", width)
         decoded = rows * (c.response_length - 1)
         mean_context = c.prompt_length + c.response_length / 2
         flops = model_flops.forward(m, rows * c.prompt_length, c.prompt_length, unembedded=rows)
@@ -172,7 +175,7 @@ class Reinforcement(Shapes):
         # A chip reads its share of the weights, were they spread over all, and of the filled cache.
         weights = (model_flops.matrix_parameters(m) + m.padded_vocab_size * m.d_model) * width
         bound = (c.response_length - 1) * (
-            weights / self.mesh.size + cache * width * mean_context / slots
+            weights / self.mesh.size + cache * kept * mean_context / slots
         )
         return Program(
             name,
@@ -180,7 +183,7 @@ class Reinforcement(Shapes):
             (params, self.key(), prompts),
             passed={"params": shard_bytes(params)},
             held=held,
-            made={"copy": copy, "cache": cache * width},
+            made={"copy": copy, "cache": cache * kept},
             model_flops=flops,
             unknown_trips=c.response_length - 1,
             bandwidth_bound=bound,

@@ -56,12 +56,14 @@ def _candidates(run: Run) -> list[Any]:
 
 
 def _rounds(run: Run, policies, sampler: Sampler, name: str) -> list[list[Sample]]:
-    """As many samples of every prompt as the largest K takes."""
+    """As many samples of every prompt as the largest K takes; a policy reads a prompt once."""
     key = run.key(f"collect/{name}")
-    return [
-        sampler.sample(policies[k % len(policies)], jax.random.fold_in(key, k))
-        for k in range(NUM_RESPONSES.stop - 1)
+    keys = [jax.random.fold_in(key, k) for k in range(NUM_RESPONSES.stop - 1)]
+    turns = len(policies)
+    of_policy = [
+        sampler.rounds(p, keys[i::turns]) for i, p in enumerate(policies) if keys[i::turns]
     ]
+    return [of_policy[k % turns][k // turns] for k in range(len(keys))]
 
 
 def _judge(

@@ -202,14 +202,10 @@ def _best_of(run: Run, sampler: Sampler, params, reward, n: int) -> list[Sample]
     Without a KL: log-ratios of the chosen are no sample of the chooser's KL, which is at most
     log n - (n - 1) / n.
     """
-    best: list[Sample] = []
     key = run.key(f"evaluate/{BEST_OF_N}")
-    for k in range(n):
-        drawn = sampler.sample(params, jax.random.fold_in(key, k), reward=reward)
-        best = drawn if not best else [
-            b if b.score >= d.score else d for b, d in zip(best, drawn, strict=True)
-        ]  # fmt: skip
-    return best
+    keys = [jax.random.fold_in(key, k) for k in range(n)]
+    rounds = sampler.rounds(params, keys, reward=reward)
+    return [max(drawn, key=lambda sample: sample.score) for drawn in zip(*rounds, strict=True)]
 
 
 def _gold(grade, records, samples: Sequence[Sample]) -> dict[str, np.ndarray]:

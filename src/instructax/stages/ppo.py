@@ -33,7 +33,7 @@ from instructax.runtime.stopping import StopSignal
 from instructax.stages import data
 from instructax.stages.context import Run, checkpoint_meta, load_params, open_run, write_json
 from instructax.stages.pretrain import held_out_nll
-from instructax.stages.sampling import Sampler, stop_ids
+from instructax.stages.sampling import Sampler, prompt_plan, rollout_slots, stop_ids
 from instructax.steps import ppo as ppo_steps
 from instructax.steps.optimizer import make_optimizer
 from instructax.steps.rollout import sample_responses, score_rollout
@@ -168,17 +168,20 @@ def programs(
     c, config = run.config.ppo, run.config
     whole = NamedSharding(run.mesh, PartitionSpec())
 
-    def sampled_with_lengths(policy: Params, key: Array, prompt_batch):
+    def sampled_with_lengths(policy: Params, key: Array, prompt_batch, source_UxRxL):
         responses = sample_responses(
             policy,
             key,
             prompt_batch,
+            source_UxRxL,
             model_config=config.model,
             response_length=c.response_length,
             temperature=c.temperature,
             eos_id=run.tokenizer.eos_id,
             pad_id=run.tokenizer.pad_id,
             stop_ids=stop_ids(run),
+            slots=rollout_slots(run),
+            cache_dtype=c.cache_dtype,
         )
         return responses, responses.mask_BxT.sum(axis=1)
 
@@ -218,7 +221,9 @@ def programs(
         began = time.perf_counter()
         batch = mesh.put_batch(run.mesh, prompt_batch)
         policy = state.policy.params
-        responses, length = sample(policy, jax.random.fold_in(rollout_key, i), batch)
+        responses, length = sample(
+            policy, jax.random.fold_in(rollout_key, i), batch, prompt_plan(run, prompt_batch)
+        )
         length_B = np.asarray(length)  # rows are planned on the host
         sampled = time.perf_counter()
         everyone = np.arange(c.batch_size, dtype=np.int32)[None]

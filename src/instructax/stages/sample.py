@@ -27,7 +27,7 @@ def run(config: Config) -> None:
     sampler = Sampler(
         run,
         records,
-        batch_size=min(c.batch_size, len(records)),
+        batch_size=min(c.batch_size, len(records) * c.samples_per_prompt),
         temperature=c.temperature,
         top_k=c.top_k,
         top_p=c.top_p,
@@ -36,9 +36,8 @@ def run(config: Config) -> None:
     with jax.set_mesh(run.mesh):
         params = load_params(run, source, config.model, "lm")
         key = run.key("sample")
-        rounds = [
-            sampler.sample(params, jax.random.fold_in(key, k)) for k in range(c.samples_per_prompt)
-        ]
+        keys = [jax.random.fold_in(key, k) for k in range(c.samples_per_prompt)]
+        rounds = sampler.rounds(params, keys)
     on_main(lambda: _write(run, sampler, rounds, source))
 
 

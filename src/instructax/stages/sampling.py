@@ -16,11 +16,12 @@ from instructax.data import prompts as prompt_data
 from instructax.models import functional as model
 from instructax.records import Record
 from instructax.rl.generate import CUT_BY_LENGTH
-from instructax.rl.packing import episode_rows, on_rows
+from instructax.rl.packing import episode_rows, on_rows, prompt_rows
 from instructax.runtime import mesh
 from instructax.runtime.stopping import leave_if_stopped
 from instructax.stages.context import Run
 from instructax.steps.rollout import episode_layout, response_scores, sample_responses
+from instructax.steps.slots import group_size
 
 Params = Any
 
@@ -67,15 +68,10 @@ class Sampler:
             print(f"sampling: {len(examples)} prompts, left out: {self.dropped}")
         self.record_index = [int(i) for i in examples.record_index_n]
         self.records = [records[i] for i in self.record_index]
-        # Rows that only fill up change nothing: a response depends on its own prompt alone.
-        parts = mesh.shards(run.mesh)
-        stream = prompt_data.stream(
-            examples,
-            batch_size=parts * -(-batch_size // parts),
-            prompt_length=config.ppo.prompt_length,
-            seed=0,
+        self._stream = prompt_data.stream(
+            examples, batch_size=batch_size, prompt_length=config.ppo.prompt_length, seed=0
         )
-        self._batches = [_keep_rows_real(batch) for batch in stream.in_order()]
+        self._batches = functools.cache(self._batches_of)
         self._sample = jax.jit(
             functools.partial(
                 sample_responses,
@@ -87,10 +83,28 @@ class Sampler:
                 stop_ids=stop_ids(run),
                 top_k=top_k,
                 top_p=top_p,
+                slots=rollout_slots(run),
+                cache_dtype=config.ppo.cache_dtype,
             )
         )
         self._score = jax.jit(self._scores)
         self._logps = jax.jit(self._sequence_logps)
+
+    def _batches_of(self, copies: int) -> list[tuple[PromptBatch, np.ndarray, np.ndarray | None]]:
+        """(prompts, which rows are real, how they are read), for ``copies`` responses a prompt.
+
+        A batch has ``batch_size`` responses, however many of them share a prompt; all are one program.
+        """
+        parts = mesh.shards(self._run.mesh)
+        # Rows that only fill up change nothing: a response depends on its own prompt alone.
+        size = parts * -(-max(1, self._stream.batch_size // copies) // parts)
+        batches = [_keep_rows_real(batch) for batch in self._stream.in_order(size)]
+        plans = [prompt_plan(self._run, batch, copies) for batch, _ in batches]
+        most = max(0 if plan is None else plan.shape[1] for plan in plans)
+        return [
+            (*batch, None if plan is None else _with_rows(plan, most))
+            for batch, plan in zip(batches, plans, strict=True)
+        ]
 
     def _rows(self, prompts: PromptBatch, responses: Responses) -> np.ndarray:
         """How the networks that score read the episodes: in packed rows, planned from their lengths."""
@@ -135,11 +149,25 @@ class Sampler:
         reference: Params | None = None,
     ) -> list[Sample]:
         """One response a prompt, in order. ``reward`` adds scores, ``reference`` log-ratios."""
-        found: list[Sample] = []
-        for prompts, real in self._batches:
+        return self.rounds(params, [key], reward=reward, reference=reference)[0]
+
+    def rounds(
+        self,
+        params: Params,
+        keys: Sequence[jax.Array],
+        *,
+        reward: Params | None = None,
+        reference: Params | None = None,
+    ) -> list[list[Sample]]:
+        """What :meth:`sample` draws with each key, every prompt read once for all of them."""
+        copies = len(keys)
+        key = keys[0] if copies == 1 else jax.numpy.stack(keys)
+        found: list[list[Sample]] = [[] for _ in keys]
+        for prompts, real, source_UxRxL in self._batches(copies):
             leave_if_stopped()
+            drawn = self._sample(params, key, mesh.put_batch(self._run.mesh, prompts), source_UxRxL)
+            prompts = jax.tree.map(lambda x: np.repeat(x, copies, axis=0), prompts)
             batch = mesh.put_batch(self._run.mesh, prompts)
-            drawn = self._sample(params, key, batch)
             responses = mesh.to_host(drawn)
             source_RxL, extra = self._rows(prompts, responses), {}
             if reward is not None:
@@ -148,10 +176,11 @@ class Sampler:
                 extra["logp"] = self._logps(params, batch, drawn, source_RxL)
                 extra["kl"] = extra["logp"] - self._logps(reference, batch, drawn, source_RxL)
             extra = mesh.to_host(extra)
-            for row in np.flatnonzero(real):
-                found.append(
+            for row in np.flatnonzero(np.repeat(real, copies)):
+                samples = found[row % copies]
+                samples.append(
                     Sample(
-                        prompt=len(found),
+                        prompt=len(samples),
                         text=decode(self._run, responses, int(row)),
                         finished=bool(responses.stop_B[row] != CUT_BY_LENGTH),
                         stop=int(responses.stop_B[row]),
@@ -160,6 +189,34 @@ class Sampler:
                     )
                 )
         return found
+
+
+def rollout_slots(run: Run) -> int | None:
+    """``ppo.rollout_slots``, which the mesh's batch shards must divide."""
+    slots, shards = run.config.ppo.rollout_slots, mesh.shards(run.mesh)
+    if slots is not None and slots % shards:
+        raise UserError(
+            f"ppo.rollout_slots = {slots} is not divided by the mesh's {shards} batch shards "
+            "(data * fsdp); use a multiple, or a smaller mesh"
+        )
+    return slots
+
+
+def prompt_plan(run: Run, prompts: PromptBatch, copies: int = 1) -> np.ndarray | None:
+    """The rows in which the sampler reads prompts of ``copies`` responses; None pads each to its own."""
+    c, shards = run.config.ppo, mesh.shards(run.mesh)
+    if not c.packed:
+        return None
+    rows, group = len(prompts.episode_B), None
+    if c.rollout_slots is not None and c.rollout_slots < rows * copies:
+        group = group_size(rows // shards, copies, c.rollout_slots // shards)
+    return prompt_rows(prompts.mask_BxP, group, shards)
+
+
+def _with_rows(source_UxRxL: np.ndarray, rows: int) -> np.ndarray:
+    """A plan with empty rows behind its own."""
+    more = rows - source_UxRxL.shape[1]
+    return np.pad(source_UxRxL, ((0, 0), (0, more), (0, 0)), constant_values=-1)
 
 
 def _keep_rows_real(batch: PromptBatch) -> tuple[PromptBatch, np.ndarray]:
@@ -194,16 +251,11 @@ def mean_reward(
 ) -> tuple[float, float | None]:
     """(mean score of ``num_samples`` samples a prompt, its standard error over the prompts).
 
-    Round k draws from ``fold_in(key, k)``, the batches of every round are the same: one compiled
-    program. One prompt alone has no standard error.
+    Round k draws from ``fold_in(key, k)``. One prompt alone has no standard error.
     """
-    score_NxS = np.stack(
-        [
-            [s.score for s in sampler.sample(params, jax.random.fold_in(key, k), reward=reward)]
-            for k in range(num_samples)
-        ],
-        axis=1,
-    )
+    keys = [jax.random.fold_in(key, k) for k in range(num_samples)]
+    rounds = sampler.rounds(params, keys, reward=reward)
+    score_NxS = np.stack([[s.score for s in samples] for samples in rounds], axis=1)
     # Samples of a prompt share its difficulty: only prompts are independent.
     score_N = score_NxS.mean(axis=1)
     error = score_N.std(ddof=1) / np.sqrt(len(score_N)) if len(score_N) > 1 else None
