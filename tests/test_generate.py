@@ -170,7 +170,7 @@ def test_a_pad_that_is_eos_is_kept_apart_by_the_mask():
     "error, message, change",
     [
         (TypeError, "key must be a typed random key", {"key": jax.random.PRNGKey(0)}),
-        (ValueError, "key must have rank 0", {"key": jax.random.split(KEY, 2)}),
+        (ValueError, "key must have rank 1", {"key": jax.random.split(KEY, (1, 2))}),
         (TypeError, "episode_B must be integer, got float32", {"episode": np.zeros(1, np.float32)}),
         (ValueError, "episode_B must have rank 1", {"episode": np.zeros((1, 1), np.int32)}),
         (TypeError, "logits_BxV must be floating, got int32", {"logits": np.zeros((1, 9), int)}),

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from instructax import shapes
 from instructax.batches import PromptBatch, Responses
 from instructax.rl.sampling import episode_keys, sample_tokens
 
@@ -57,6 +58,7 @@ def samples(key: Array, episode_M: Array) -> tuple[Array, Array]:
     One key gives every prompt a row. n keys give it n rows, prompt by prompt, sample k by key k: the
     response that key k alone would give.
     """
+    key = shapes.key_array("key", key, min(jnp.ndim(key), 1))
     if not key.shape:
         return key, jnp.asarray(episode_M)
     return jnp.tile(key, episode_M.shape[0]), jnp.repeat(jnp.asarray(episode_M), key.shape[0])
