@@ -199,7 +199,7 @@ class Stand:
             text=True,
             # A shell that runs the tests in the background makes its children deaf to Ctrl-C, and
             # what is ignored at its start a script cannot trap.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
         )
 
     def run(self, script: str, *arguments: str, **environ: str) -> tuple[int, str, str]:
