@@ -50,7 +50,7 @@ def rollout_copy(params, model_config):
     return params
 
 
-def prefill(copy, model_config, token_BxP, mask_BxP, slots):
+def prefill(copy, model_config, token_BxP, mask_BxP, slots, cache_dtype=None):
     return jnp.asarray(copy["table"])[token_BxP[:, -1]], ()
 
 

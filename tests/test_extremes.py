@@ -227,7 +227,7 @@ def test_the_ends_of_the_samplers_ranges_are_inside(options):
 def test_keys_are_typed_and_refused_by_name():
     key, keys = jax.random.key(0), jax.random.split(jax.random.key(0), B)
     for call, name, rank, other in (
-        (lambda k: episode_keys(k, I_B, 0), "key", 0, keys),
+        (lambda k: episode_keys(k, I_B, 0), "key", 1, keys[None]),  # one, or one a row
         (lambda k: sample_tokens(k, F_BxK, 1.0), "key_B", 1, key),
     ):
         with pytest.raises(TypeError) as refused:

@@ -49,7 +49,7 @@ def look(q_BxLxHxC: Array, key: Stored, value: Stored, mask_BxLxS: Array) -> Arr
     """:func:`attention`, of which int8 is never spelt out: a slot's scales leave both products."""
     dtype = q_BxLxHxC.dtype
     k, v = key.data.astype(dtype), value.data.astype(dtype)
-    if key.scale is None:
+    if key.scale is None or value.scale is None:
         return attention(q_BxLxHxC, k, v, mask_BxLxS)
     rows, length, heads, width = q_BxLxHxC.shape
     groups = k.shape[1]
