@@ -139,8 +139,8 @@ def config() -> Config:
         arms=(
             Arm("ppo_ptx"),
             Arm("ppo", (("ptx_coef", 0.0),)),
-            Arm("shuffled", (("score_control", "shuffled"), ("ptx_coef", 0.0))),
             Arm("ptx_only", (("rl_coef", 0.0),)),
+            Arm("shuffled", (("score_control", "shuffled"), ("ptx_coef", 0.0))),
         ),
         evaluate=EvaluateConfig(
             policies=("sft", "init", "ppo", "ppo_ptx", "shuffled", "ptx_only"),

@@ -23,6 +23,7 @@ _seconds = os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", float(_seconds))
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items):
     """All that reads the miniature recipe in one worker: nobody waits for it, no copy is made twice."""
     for item in items:
