@@ -98,8 +98,8 @@ def test_running_again_changes_nothing(mini_run, seed0, config):
 
 @pytest.mark.slow
 def test_workers_side_by_side_leave_the_same_run(mini_run, seed0, config, tmp_path):
-    """From pretraining on with two processes at a time: same choices, samples and figures."""
-    beside = dataclasses.replace(config, run_dir=str(tmp_path), workers=2)
+    """Two processes at a time and two seeds, the first from pretraining on: same choices, samples and figures."""
+    beside = dataclasses.replace(config, run_dir=str(tmp_path), workers=2, seeds=2)
     copy = tmp_path / "mini"
     copy.mkdir()
     for name in ("data", "seed0/pretrain"):
@@ -115,6 +115,11 @@ def test_workers_side_by_side_leave_the_same_run(mini_run, seed0, config, tmp_pa
             recipe.rows(run / "seed0" / arm.name / "samples.jsonl") for run in (mini_run, copy)
         ]
         assert_close(*samples)
+    summary = figures(copy, "summary.json")
+    assert summary["seeds"] == [0, 1]
+    of_seed = summary["winrate_by_seed"]["ppo_vs_sft"]
+    first, second = (figures(copy / f"seed{i}", "evaluate.json")["winrate"] for i in range(2))
+    assert of_seed == [first["ppo_vs_sft"], second["ppo_vs_sft"]]
 
 
 def assert_close(found, wanted):
