@@ -360,8 +360,12 @@ def updated(w, uneven, compiled):
 @pytest.mark.laws
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"ptx_loss": "sum"}, {"ptx_coef": 0.0}, {"rl_coef": 0.0}],
-    ids=["both", "sum", "gamma 0", "no rl"],
+    [
+        pytest.param({}, id="both"),
+        pytest.param({"ptx_loss": "sum"}, id="sum", marks=pytest.mark.slow),
+        pytest.param({"ptx_coef": 0.0}, id="gamma 0", marks=pytest.mark.slow),
+        pytest.param({"rl_coef": 0.0}, id="no rl", marks=pytest.mark.slow),
+    ],
 )
 def test_microbatches_take_the_update_of_the_full_minibatch(w, uneven, changes):
     params, metrics = updated(w, uneven, as_written(**changes))
@@ -371,7 +375,14 @@ def test_microbatches_take_the_update_of_the_full_minibatch(w, uneven, changes):
         tiny.assert_close(of_parts, metrics, rtol=2e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["policy_objective", "value_objective", "ptx_objective"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "policy_objective",
+        pytest.param("value_objective", marks=pytest.mark.slow),
+        pytest.param("ptx_objective", marks=pytest.mark.slow),
+    ],
+)
 def test_a_mean_of_the_microbatches_means_is_another_update(w, uneven, name, monkeypatch):
     whole = updated(w, uneven, as_written())[0]
     right = getattr(ppo, name)

@@ -147,7 +147,7 @@ def several_rows(rows: int) -> ComparisonBatch:
 
 
 @pytest.mark.laws
-@pytest.mark.parametrize("name", ["pairwise", "best_of_k"])
+@pytest.mark.parametrize("name", ["pairwise", pytest.param("best_of_k", marks=pytest.mark.slow)])
 def test_microbatches_take_the_step_of_the_full_batch(params, name, monkeypatch):
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, eps=1e-2), 10)
     b = several_rows(8)
