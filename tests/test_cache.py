@@ -63,7 +63,13 @@ def test_put_writes_rows_and_slots_scales_too():
 
 
 @pytest.mark.laws
-@pytest.mark.parametrize("config", [tiny.MODEL, BANDED], ids=["learned", "rope, banded"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(tiny.MODEL, id="learned", marks=pytest.mark.slow),
+        pytest.param(BANDED, id="rope, banded"),
+    ],
+)
 def test_a_row_that_takes_anothers_place_reads_as_if_alone(config):
     """Rows begin at other times, the ring comes round, and nothing of the row before is seen."""
     width, ring = 4, 5

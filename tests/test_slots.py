@@ -239,6 +239,7 @@ print("the same")
 """
 
 
+@pytest.mark.slow
 def test_every_shard_has_slots_of_its_own():
     """Two devices as data, fsdp or tensor parallelism: the responses of one."""
     done = subprocess.run(
