@@ -56,3 +56,17 @@ def test_products_are_those_of_the_hidden_states_dtype_summed_in_float32():
     expected = x.astype(np.float64) @ rounded.T
     np.testing.assert_allclose(logits[..., :5], expected[..., :5], rtol=1e-5, atol=1e-6)
     assert np.all(np.isneginf(logits[..., 5:]))
+
+
+def test_the_vocabulary_is_told_by_the_table_and_not_by_its_width():
+    """As many real ids as the model is wide: what the table has beyond them is padding all the same."""
+    logits = np.asarray(logprobs.masked_logits(X, TABLE, D))
+    assert np.isneginf(logits[..., D:]).all() and np.isfinite(logits[..., :D]).all()
+
+
+def test_the_temperature_is_1_where_none_is_given():
+    given = logprobs.chunked_token_statistics(X, TOKEN, TABLE, vocab_size=V, temperature=1.0)
+    for out, wanted in zip(
+        logprobs.chunked_token_statistics(X, TOKEN, TABLE, vocab_size=V), given, strict=True
+    ):
+        np.testing.assert_array_equal(out, wanted)

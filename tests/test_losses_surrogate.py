@@ -169,3 +169,11 @@ def test_empty_dtypes_and_door():
     ):
         with pytest.raises(error, match=name):
             run(*args)
+
+
+def test_rows_without_slots_have_no_loss():
+    nothing = np.zeros((2, 0), np.float32)
+    loss, metrics = surrogate.clipped_policy_loss(
+        nothing, nothing, nothing, np.zeros((2, 0), bool), 0.2
+    )
+    assert float(loss) == 0.0 and all(np.isfinite(float(value)) for value in metrics.values())

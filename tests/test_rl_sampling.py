@@ -194,3 +194,37 @@ def test_the_door(options, error, name):
     }
     with pytest.raises(error, match=name):
         sample_tokens(**{**arguments, **options})
+
+
+@pytest.mark.laws
+@pytest.mark.parametrize("shift", [-4096.0, 4096.0])
+def test_a_constant_added_to_all_logits_changes_no_draw(shift):
+    # Sixteenths stay exact under the shift; exp(4096) does not exist.
+    logits = np.random.default_rng(3).integers(-64, 64, (200, 50)).astype(np.float32) / 16
+    keys = episode_keys(jax.random.key(2), jnp.arange(200), 0)
+    token, logp = sample_tokens(keys, logits, 1.0)
+    shifted_token, shifted_logp = sample_tokens(keys, logits + np.float32(shift), 1.0)
+    np.testing.assert_array_equal(token, shifted_token)
+    np.testing.assert_allclose(logp, shifted_logp, atol=1e-3)  # float32's steps at 4096
+
+
+@pytest.mark.laws
+def test_keys_and_token_indices_a_row_are_those_rows_alone():
+    keys, episode, t = jax.random.split(jax.random.key(5), 3), np.array([4, 0, 4]), [2, 0, 1]
+    together = episode_keys(keys, episode, jnp.array(t))
+    of_one_key = episode_keys(keys[0], episode, jnp.array(t))
+    for i in range(3):
+        alone = episode_keys(keys[i], episode[i : i + 1], t[i])
+        assert (jax.random.key_data(together[i]) == jax.random.key_data(alone[0])).all()
+        alone = episode_keys(keys[0], episode[i : i + 1], t[i])
+        assert (jax.random.key_data(of_one_key[i]) == jax.random.key_data(alone[0])).all()
+
+
+@pytest.mark.parametrize(
+    "temperature, kind, says",
+    [(np.ones(2, np.float32), ValueError, "a scalar"), ("warm", TypeError, "a real number")],
+)
+def test_a_temperature_is_refused_by_name(temperature, kind, says):
+    keys = episode_keys(jax.random.key(0), jnp.arange(2), 0)
+    with pytest.raises(kind, match=f"^temperature must be {says}"):
+        sample_tokens(keys, np.zeros((2, 3), np.float32), temperature)
