@@ -26,7 +26,7 @@ test-all: $(VENV)/installed lint
 soak: $(VENV)/installed
 	$(BIN)/python -m pytest -m soak
 
-# Mutation testing of losses, RL arithmetic, masking and log-probabilities: about an hour on one core.
+# Mutation testing of losses, RL arithmetic, masking and log-probabilities: hours on one core; goes on where it was.
 # Small programs are cached as well, since every mutant compiles nearly the same ones.
 mutants: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable ".[mutants]"

@@ -25,7 +25,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", float(_seconds))
 
 @pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items):
-    """All that reads the miniature recipe in one worker: nobody waits for it, no copy is made twice."""
+    """All that reads the miniature recipe in one worker: no other waits while it is made."""
     for item in items:
         if "mini_run" in item.fixturenames:
             item.add_marker(pytest.mark.xdist_group("recipe"))
@@ -41,8 +41,8 @@ def real_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def mini_run(tmp_path_factory) -> Path:
-    """The folder of one finished miniature recipe, made once however many workers test."""
+def finished_run(tmp_path_factory) -> Path:
+    """The folder of one finished miniature recipe, made once however many workers test: only read it."""
     import recipe
 
     folder = tmp_path_factory.getbasetemp()
@@ -51,5 +51,14 @@ def mini_run(tmp_path_factory) -> Path:
     run_dir = folder / "recipe"
     with (folder / "recipe.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        recipe.make(run_dir)
+        if not (run_dir / "mini" / "report.html").is_file():
+            recipe.make(run_dir)
     return run_dir / "mini"
+
+
+@pytest.fixture(scope="module")
+def mini_run(finished_run, tmp_path_factory) -> Path:
+    """The module's own copy of the finished recipe, to read and to write into."""
+    import recipe
+
+    return recipe.copy(finished_run, tmp_path_factory.mktemp("recipe"))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -128,6 +130,17 @@ def make(run_dir: Path) -> None:
         pipeline.run(config(run_dir))
     finally:
         jax.config.update("jax_compilation_cache_dir", keep)
+
+
+def copy(run: Path, run_dir: Path, *left_out: str) -> Path:
+    """The same run in another run_dir, file times and all, to write into."""
+    folder = run_dir / run.name
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns(*left_out))
+    for path in folder.rglob("config.json"):
+        times = path.stat()
+        path.write_text(path.read_text("utf-8").replace(str(run.parent), str(run_dir)), "utf-8")
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    return folder
 
 
 def of_seed(c: Config) -> Config:

@@ -39,19 +39,9 @@ ppo.run(config, sys.argv[3])
 
 
 @pytest.fixture(scope="module")
-def own_run(mini_run, tmp_path_factory):
-    """A copy to write into: another worker may be testing the same."""
-    folder = tmp_path_factory.mktemp("resume") / "mini"
-    # What other tests write beside it, and files half written, are theirs.
-    theirs = shutil.ignore_patterns("cut", "refused", "*.tmp")
-    shutil.copytree(mini_run, folder, ignore=theirs)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def config(own_run):
+def config(mini_run):
     """PPO-ptx with everything that has a state: adaptive beta, average, inner epochs, a schedule."""
-    c = recipe.of_seed(recipe.config(own_run.parent))
+    c = recipe.of_seed(recipe.config(mini_run.parent))
     changes = dataclasses.replace(
         c.ppo,
         episodes=ITERATIONS * c.ppo.batch_size,
@@ -191,32 +181,32 @@ def test_ppo_stopped_in_process(config, whole, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def elsewhere(own_run):
+def elsewhere(mini_run):
     """The recipe's config for a second run beside the first, on the same data and weights."""
-    c = recipe.of_seed(recipe.config(own_run.parent))
+    c = recipe.of_seed(recipe.config(mini_run.parent))
     first = run_folder(c)
     second = dataclasses.replace(
         c,
         name="mini/elsewhere",
         sft=dataclasses.replace(c.sft, init_from=str(first / "pretrain")),
-        reward=dataclasses.replace(c.reward, init_from=str(own_run / "chosen_by_loss")),
+        reward=dataclasses.replace(c.reward, init_from=str(mini_run / "chosen_by_loss")),
     )
     shutil.copytree(first / "data", run_folder(second) / "data")
     # The reward model began from the epoch chosen by loss; later the reward model chose anew.
-    shutil.copytree(first / "sft", own_run / "chosen_by_loss")
+    shutil.copytree(first / "sft", mini_run / "chosen_by_loss")
     candidates = json.loads((first / "sft/candidates.json").read_text())
     best = min(candidates, key=lambda candidate: candidate["nll"])
-    (own_run / "chosen_by_loss/chosen.json").write_text(json.dumps(best))
+    (mini_run / "chosen_by_loss/chosen.json").write_text(json.dumps(best))
     return second
 
 
 @pytest.mark.parametrize(
     "name, module, step", [("pretrain", pretrain, 7), ("sft", sft, 9), ("reward", reward, 3)]
 )
-def test_other_stages_stopped_in_process(name, module, step, elsewhere, own_run, monkeypatch):
+def test_other_stages_stopped_in_process(name, module, step, elsewhere, mini_run, monkeypatch):
     stopped_and_resumed(monkeypatch, lambda: module.run(elsewhere), step)
     first, second = (
-        run_folder(c) / name for c in (recipe.of_seed(recipe.config(own_run.parent)), elsewhere)
+        run_folder(c) / name for c in (recipe.of_seed(recipe.config(mini_run.parent)), elsewhere)
     )
     items = ("params", "optimizer")
     recipe.assert_same(recipe.saved(second, items), recipe.saved(first, items))

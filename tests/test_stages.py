@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import time
 
 import jax
 import numpy as np
@@ -79,7 +80,7 @@ def test_the_summary_has_every_figure(mini_run):
 
 
 def test_running_again_changes_nothing(mini_run, seed0, config):
-    # Other tests may be writing arms of their own beside these.
+    # Other tests write arms of their own beside these.
     stages = ("pretrain", "sft", "reward", "init", "evaluate", *(arm.name for arm in config.arms))
     folders = [mini_run / "data", seed0 / "data", *(seed0 / name for name in stages)]
 
@@ -100,13 +101,8 @@ def test_running_again_changes_nothing(mini_run, seed0, config):
 def test_workers_side_by_side_leave_the_same_run(mini_run, seed0, config, tmp_path):
     """Two processes at a time and two seeds, the first from pretraining on: same choices, samples and figures."""
     beside = dataclasses.replace(config, run_dir=str(tmp_path), workers=2, seeds=2)
-    copy = tmp_path / "mini"
-    copy.mkdir()
-    for name in ("data", "seed0/pretrain"):
-        shutil.copytree(mini_run / name, copy / name)
-    shutil.copy(mini_run / "tokenizer.model", copy)
-    recorded = copy / "seed0/pretrain/config.json"
-    recorded.write_text(recorded.read_text("utf-8").replace(str(mini_run), str(copy)), "utf-8")
+    later = ("sft", "init", "reward", "evaluate*", "summary.json", "report.html", "spent.json")
+    copy = recipe.copy(mini_run, tmp_path, "cut", *later, *(arm.name for arm in config.arms))
     pipeline.run(beside)
     for name in ("evaluate.json", "sft/candidates.json", "reward/validation.json"):
         assert_close(figures(copy / "seed0", name), figures(seed0, name))
@@ -208,9 +204,7 @@ def test_best_of_n_scores_above_one_sample(seed0):
 
 
 def test_policies_are_evaluated_alone_as_among_others(mini_run, seed0, config, tmp_path):
-    shutil.copytree(
-        mini_run, tmp_path / "mini", ignore=shutil.ignore_patterns("evaluate*", "*.tmp")
-    )
+    recipe.copy(mini_run, tmp_path, "evaluate*")
     alone = recipe.of_seed(dataclasses.replace(config, run_dir=str(tmp_path)))
     few = dataclasses.replace(alone.evaluate, policies=("sft", "ppo"), best_of=1)
     alone = dataclasses.replace(alone, evaluate=few)
@@ -225,6 +219,45 @@ def test_policies_are_evaluated_alone_as_among_others(mini_run, seed0, config, t
     for name in ("gold", "kl", "score", "length", "by_kind", "nll_by_topic"):
         assert found[name] == {policy: wanted[name][policy] for policy in found[name]}
     assert list(found["nll_by_topic"]) == ["sft", "ppo", "base"]
+
+
+def test_what_was_trained_or_written_anew_is_measured_anew(mini_run, config, tmp_path):
+    recipe.copy(mini_run, tmp_path)
+    own = recipe.of_seed(dataclasses.replace(config, run_dir=str(tmp_path)))
+    names, folder = evaluate.subjects(own), run_folder(own)
+
+    def left_after(name: str) -> set[str]:
+        """Subjects left when a file is newer than every figure; its old time is put back."""
+        path = folder / name
+        before, later = path.stat().st_mtime_ns, time.time_ns() + 10**9
+        os.utime(path, ns=(later, later))
+        left = set(evaluate.unmeasured(own, names))
+        assert evaluate.is_done(own) == (not left)
+        os.utime(path, ns=(before, before))
+        return left
+
+    assert evaluate.is_done(own)
+    assert left_after("ppo/metrics.jsonl") == {"ppo"}
+    assert left_after("sft/chosen.json") == {"sft", "best_of_n"}
+    assert left_after("ppo/samples.jsonl") == set()
+    for name in (
+        "reward/validation.json",
+        "init/metrics.jsonl",
+        "../data/prompts_evaluation.jsonl",
+    ):
+        assert left_after(name) == set(names)
+    shutil.rmtree(folder / "ppo")
+    assert evaluate.unmeasured(own, names) == ["ppo"] and not evaluate.is_done(own)
+
+
+def test_policies_measured_on_other_prompts_are_not_compared(mini_run, config, tmp_path):
+    recipe.copy(mini_run, tmp_path)
+    own = recipe.of_seed(dataclasses.replace(config, run_dir=str(tmp_path)))
+    path = run_folder(own) / "evaluate" / "ppo.json"
+    measured = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps(measured | {"records": measured["records"][::-1]}), "utf-8")
+    with pytest.raises(UserError, match="ppo was measured on other prompts than sft; remove"):
+        evaluate.compare(own, evaluate.subjects(own))
 
 
 def test_an_epoch_is_chosen_again_only_where_something_changed(tmp_path):

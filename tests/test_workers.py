@@ -29,12 +29,9 @@ if __name__ == "__main__":
 
 
 def note(path: Path) -> None:
-    """Process, cores of this thread, fewest cores of any thread (the device's among them)."""
-    cores = fewest = 0
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-        fewest = min(len(os.sched_getaffinity(int(t))) for t in os.listdir("/proc/self/task"))
-    path.write_text(f"{os.getpid()} {cores} {fewest}")
+    """Process and number of cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    path.write_text(f"{os.getpid()} {cores}")
 
 
 def note_after(path: Path, others: list[Path]) -> None:
@@ -86,11 +83,11 @@ def test_pieces_run_in_processes_with_a_share_of_the_cores(tmp_path):
     paths = [tmp_path / str(i) for i in range(3)]
     workers.side_by_side(pieces([functools.partial(note, path) for path in paths]), 2)
     found = [path.read_text().split() for path in paths]
-    pids = {int(pid) for pid, *_ in found}
+    pids = {int(pid) for pid, _ in found}
     assert len(pids) == 3 and os.getpid() not in pids
     if hasattr(os, "sched_getaffinity"):
         here = len(os.sched_getaffinity(0))
-        assert all(1 <= int(cores) <= max(1, -(-here // 2)) for _, cores, _ in found)
+        assert all(1 <= int(cores) <= max(1, -(-here // 2)) for _, cores in found)
 
 
 def test_a_piece_begins_when_those_it_waits_for_are_done_and_alone_has_all_cores(tmp_path):
@@ -110,21 +107,6 @@ def test_a_piece_begins_when_those_it_waits_for_are_done_and_alone_has_all_cores
         assert first.read_text().split()[1] == last.read_text().split()[1] == str(here)
         if here > 1:
             assert int(left.read_text().split()[1]) < here
-
-
-def test_the_device_of_a_narrow_piece_keeps_to_its_share(tmp_path):
-    narrow, wide = tmp_path / "narrow", tmp_path / "wide"
-    workers.side_by_side(
-        [
-            Piece("narrow", functools.partial(note, narrow), wide=False),
-            Piece("wide", functools.partial(note, wide), ("narrow",)),
-        ],
-        2,
-    )
-    if hasattr(os, "sched_getaffinity"):
-        here = len(os.sched_getaffinity(0))
-        assert narrow.read_text().split()[1:] == [str(here), str(-(-here // 2))]
-        assert wide.read_text().split()[1:] == [str(here)] * 2
 
 
 def test_a_piece_names_others_before_it():

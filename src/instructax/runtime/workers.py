@@ -31,13 +31,12 @@ class Piece:
     """``call()``, once the pieces named in ``after`` are done.
 
     What is called must be importable (a module's function, or a functools.partial of one) and leave
-    its results in files. ``wide``: its operations gain from more than a share of the cores.
+    its results in files.
     """
 
     name: str
     call: Callable[[], object]
     after: tuple[str, ...] = ()
-    wide: bool = True
 
 
 def check(workers: int) -> None:
@@ -80,9 +79,8 @@ def side_by_side(pieces: Sequence[Piece], workers: int) -> None:
                     # Who is alone, and so will be until it is done, has all cores.
                     alone = len(ready) == 1 and not running
                     cores = {core for share in (shares if alone else shares[:1]) for core in share}
-                    own = cores if ready[0].wide else set(shares[0])
                     waiting.remove(ready[0])
-                    running[_start(ready[0], cores, own)] = (ready[0].name, shares.pop(0))
+                    running[_start(ready[0], cores)] = (ready[0].name, shares.pop(0))
                 connection.wait([child.sentinel for child in running], _POLL_SECONDS)
                 for child in [child for child in running if child.exitcode is not None]:
                     name, share = running.pop(child)
@@ -125,19 +123,17 @@ def _shares(workers: int) -> list[list[int]]:
     return [cores[i::workers] or [cores[i % len(cores)]] for i in range(workers)]
 
 
-def _start(piece: Piece, cores: set[int], of_device: set[int]) -> SpawnProcess:
+def _start(piece: Piece, cores: set[int]) -> SpawnProcess:
     cache = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     context = multiprocessing.get_context("spawn")
-    child = context.Process(target=_work, args=(piece, cores, of_device, cache))
+    child = context.Process(target=_work, args=(piece, cores, cache))
     child.start()
     return child
 
 
-def _work(piece: Piece, cores: set[int], of_device: set[int], cache: str | None) -> None:
+def _work(piece: Piece, cores: set[int], cache: str | None) -> None:
     if cores:
-        # When devices are first asked for, XLA starts a thread for every core that it may use.
-        os.sched_setaffinity(0, of_device)
-        jax.devices()
+        # XLA starts a thread for every core that it may use, when devices are first asked for.
         os.sched_setaffinity(0, cores)
     if cache:
         enable_compile_cache(cache)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,15 @@ def _imported(run: Run, path: str, model_config: ModelConfig, head: str) -> Para
             raise UserError(f"{path} has {field.name} = {theirs}, this run's model {ours}")
     abstract = abstract_params(run, model_config, head)
     return jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), found.params, abstract)
+
+
+def stands(result: Path, made_from: Iterable[Path]) -> bool:
+    """Whether a result is there, and later than all that it was made from, none of which is gone."""
+    try:
+        made = result.stat().st_mtime_ns
+        return all(path.stat().st_mtime_ns <= made for path in made_from)
+    except FileNotFoundError:
+        return False
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -84,6 +84,16 @@ def records(config: Config, name: str) -> Sequence[Record]:
 
 def _found(config: Config, name: str) -> tuple[str, int]:
     """The file of records, and when it was written."""
+    path = place(config, name)
+    return str(path), path.stat().st_mtime_ns
+
+
+def place(config: Config, name: str) -> Path:
+    """The file of records, curated now if need be (main process only).
+
+    Raises:
+      UserError: the config names no such data.
+    """
     own = run_folder(config) / "data" / f"{name}.jsonl"
     path = own if own.is_file() else data_folder(config) / f"{name}.jsonl"
     if not path.is_file() and not (data_folder(config) / "curation.json").is_file():
@@ -91,7 +101,7 @@ def _found(config: Config, name: str) -> tuple[str, int]:
         path = data_folder(config) / f"{name}.jsonl"
     if not path.is_file():
         raise UserError(f"this stage needs {name}; name files with --data.{name.replace('_', '-')}")
-    return str(path), path.stat().st_mtime_ns
+    return path
 
 
 @functools.lru_cache(maxsize=32)

@@ -16,17 +16,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from instructax.config import Config
+from instructax.config import Config, UserError
 from instructax.records import prompt_text
 from instructax.runtime.distributed import on_main
 from instructax.stages import data
-from instructax.stages.context import Run, load_params, open_run, run_folder, write_json
+from instructax.stages.context import Run, load_params, open_run, run_folder, stands, write_json
 from instructax.stages.pretrain import held_out_nll
 from instructax.stages.sampling import Sample, Sampler
 from instructax.stages.trajectories import trajectory
 
 Params = Any
 BASELINE, BEST_OF_N, BASE = "sft", "best_of_n", "base"
+_TEXTS = ("prompts_evaluation", "pretrain_validation")
 COMPONENTS = ("helpful", "truthful", "harmless", "total")
 
 
@@ -62,13 +63,34 @@ def measure(config: Config, names: Sequence[str]) -> None:
 
 
 def unmeasured(config: Config, names: Sequence[str]) -> list[str]:
-    """Those that :func:`measure` has not seen yet, or with other settings."""
+    """Those that :func:`measure` has not seen yet, or with other settings, weights or records."""
+    texts = [name for name in _TEXTS if data.exists(config, name)]
+    return on_main(lambda: [name for name in names if not _is_measured(config, name, texts)])
 
-    def is_left(name: str) -> bool:
-        path = _measured(run_folder(config), name)
-        return not path.is_file() or json.loads(path.read_text("utf-8"))["by"] != _settings(config)
 
-    return on_main(lambda: [name for name in names if is_left(name)])
+def is_done(config: Config) -> bool:
+    """Whether ``evaluate.json`` compares the subjects as they are now."""
+    folder, names = run_folder(config), subjects(config)
+    measured = [_measured(folder, name) for name in names]
+    return not unmeasured(config, names) and on_main(
+        lambda: stands(folder / "evaluate.json", measured)
+    )
+
+
+def _is_measured(config: Config, name: str, texts: Sequence[str]) -> bool:
+    path = _measured(run_folder(config), name)
+    return stands(
+        path, [*_made_from(config, name), *(data.place(config, text) for text in texts)]
+    ) and json.loads(path.read_text("utf-8"))["by"] == _settings(config)
+
+
+def _made_from(config: Config, name: str) -> list[Path]:
+    """The files that are written when the weights behind a subject's figures are."""
+    folder = run_folder(config)
+    stage = folder / _stage(name)
+    chosen = stage / "chosen.json"
+    weights = [stage / "metrics.jsonl", *([chosen] if chosen.is_file() else [])]
+    return [*weights, folder / "init" / "metrics.jsonl", folder / "reward" / "validation.json"]
 
 
 def _measured(folder: Path, name: str) -> Path:
@@ -129,10 +151,14 @@ def _compare(config: Config, names: Sequence[str]) -> dict[str, dict[str, float]
         for name, m in found.items()
         if "samples" in m
     }
-    # The same prompts for all.
     some: dict[str, Any] = next(
         (m for m in found.values() if "samples" in m), {"records": [], "left_out": {}}
     )
+    if other := [name for name in samples if found[name]["records"] != some["records"]]:
+        raise UserError(
+            f"{other[0]} was measured on other prompts than {next(iter(samples))}; remove "
+            f"{_measured(folder, other[0])} to measure it again"
+        )
     everything = data.records(config, "prompts_evaluation")
     records = [everything[i] for i in some["records"]]
     grade = data.grader(config)

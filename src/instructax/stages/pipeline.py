@@ -21,10 +21,6 @@ from instructax.runtime.workers import Piece, check, side_by_side
 from instructax.stages import collect, data, evaluate, ppo, pretrain, reward, sft, tokenizer
 from instructax.stages.context import run_folder, write_json
 
-# Tokens of a training step below which its operations are too short to be divided among cores: on two, a
-# step of the demo's pretraining (512 tokens) takes 1.2 times as long as on one, of its reward model (4,096) .65 times.
-_NARROW = 1024
-
 
 def run(config: Config) -> None:
     """Every stage goes on from where it was, so the same command continues a run cut short."""
@@ -42,7 +38,7 @@ def run(config: Config) -> None:
             config = replace(config, tokenizer=replace(config.tokenizer, path=model_file))
         seeds = range(config.seed, config.seed + config.seeds)
         of_seed = [replace(config, name=f"{config.name}/seed{s}", seed=s) for s in seeds]
-        unfinished = [c for c in of_seed if not on_main((run_folder(c) / "evaluate.json").is_file)]
+        unfinished = [c for c in of_seed if not evaluate.is_done(c)]
         side_by_side([piece for c in unfinished for piece in _pieces(c)], config.workers)
         for c in unfinished:
             evaluate.compare(c, evaluate.subjects(c))
@@ -59,13 +55,12 @@ def _pieces(config: Config) -> list[Piece]:
     """One seed (InstructGPT figure 2): demonstrations, comparisons, reinforcement learning."""
     pieces: list[Piece] = []
 
-    def add(name: str, call: Callable[..., object], *arguments: Any, after=(), wide: bool = True):
+    def add(name: str, call: Callable[..., object], *arguments: Any, after=()):
         waits = tuple(f"{config.name}/{other}" for other in after)
         work = functools.partial(call, config, *arguments)
-        pieces.append(Piece(f"{config.name}/{name}", work, waits, wide))
+        pieces.append(Piece(f"{config.name}/{name}", work, waits))
 
-    tokens = config.pretrain.batch_size * config.pretrain.row_length
-    add("pretrain", pretrain.run, wide=tokens >= _NARROW)
+    add("pretrain", pretrain.run)
     add("sft", sft.run, after=["pretrain"])
     add("init", sft.run, True, after=["pretrain"])
     # The embedded world's labelers rank this run's samples; a user's comparisons are there already.

@@ -193,12 +193,9 @@ class Sampler:
 
 def rollout_slots(run: Run) -> int | None:
     """``ppo.rollout_slots``, which the mesh's batch shards must divide."""
-    slots, shards = run.config.ppo.rollout_slots, mesh.shards(run.mesh)
-    if slots is not None and slots % shards:
-        raise UserError(
-            f"ppo.rollout_slots = {slots} is not divided by the mesh's {shards} batch shards "
-            "(data * fsdp); use a multiple, or a smaller mesh"
-        )
+    slots = run.config.ppo.rollout_slots
+    if slots is not None:
+        mesh.check_rows(run.mesh, "ppo.rollout_slots", slots)
     return slots
 
 

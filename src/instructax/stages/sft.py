@@ -25,6 +25,7 @@ from instructax.stages.context import (
     load_params,
     longest_example,
     open_run,
+    stands,
     write_json,
 )
 from instructax.stages.sampling import Sampler, mean_reward
@@ -161,8 +162,8 @@ def select(config: Config, stage: str = "sft") -> Mapping[str, Any]:
     how = {"by": by} | ({"samples": c.select_samples} if by == "reward" else {})
     inputs = [folder / "metrics.jsonl"]
     inputs += [context.folder / "reward" / "validation.json"] if by == "reward" else []
-    if (stands := on_main(lambda: _chosen(folder / "chosen.json", how, inputs))) is not None:
-        return stands
+    if (before := on_main(lambda: _chosen(folder / "chosen.json", how, inputs))) is not None:
+        return before
     if by == "reward":
         with jax.set_mesh(context.mesh):
             _score_candidates(context, folder, candidates, c.select_samples)
@@ -177,7 +178,7 @@ def select(config: Config, stage: str = "sft") -> Mapping[str, Any]:
 
 def _chosen(path: Path, how: Mapping[str, Any], inputs: Sequence[Path]) -> dict[str, Any] | None:
     """An earlier choice that still stands: made the same way, and later than all it depends on."""
-    if not path.is_file() or any(p.stat().st_mtime_ns > path.stat().st_mtime_ns for p in inputs):
+    if not stands(path, inputs):
         return None
     chosen = json.loads(path.read_text("utf-8"))
     return chosen if how.items() <= chosen.items() else None
