@@ -20,7 +20,7 @@ from instructax.config import Config, ModelConfig, OptimizerConfig, PpoConfig
 from instructax.data.comparisons import layout_rows
 from instructax.models import functional as model
 from instructax.runtime import mesh
-from instructax.stages import ppo as ppo_stage
+from instructax.stages import iteration
 from instructax.stages.context import Run
 from instructax.steps.optimizer import make_optimizer
 from instructax.steps.reward import reward_step
@@ -188,7 +188,7 @@ def _ppo(case: Case, lay) -> Callable[[], Any]:
     )
     state = jax.jit(fresh, out_shardings=placed)(reference, reward)
     scale = {"gain": 1.0, "bias": 0.0}
-    iterate = ppo_stage.programs(run, reference, reward, scale, optimizer, optimizer, placed)
+    iterate = iteration.programs(run, reference, reward, scale, optimizer, optimizer, placed)
     # Pretraining text is not read at gamma = 0: one row of two tokens an update stands in for it.
     shape = (case.work.epochs, 1, 2)
     none = padded_layout(np.zeros(shape[1:], np.int32), np.zeros(shape[1:], bool))

@@ -32,7 +32,7 @@ from instructax.config import (
 from instructax.data import comparisons
 from instructax.models import functional as model
 from instructax.runtime import checkpoint, distributed, mesh
-from instructax.stages import ppo, reward
+from instructax.stages import iteration, ppo, reward
 from instructax.stages.context import Run
 from instructax.stages.sampling import Sampler
 from instructax.steps.optimizer import make_optimizer
@@ -205,7 +205,7 @@ class Ppo:
         policy = jax.jit(lambda p: jax.tree.map(lambda x: x * 1.1, p))(self._reference)
         born = jax.jit(fresh, out_shardings=shardings)
         self._start = functools.partial(born, policy, reward)
-        self._iterate = ppo.programs(
+        self._iterate = iteration.programs(
             run, self._reference, reward, {"gain": 1.3, "bias": -0.2}, optimizer, optimizer,
             shardings,
         )  # fmt: skip

@@ -6,23 +6,19 @@ and value network on it, with pretraining text beside every minibatch.
 
 from __future__ import annotations
 
-import functools
 import json
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from instructax.batches import LmBatch
 from instructax.config import Config, UserError
 from instructax.data import pretraining, prompts
 from instructax.data.pipeline import derive_seed, prefetch
 from instructax.records import prompt_text
-from instructax.rl.packing import episode_rows
 from instructax.runtime import mesh
 from instructax.runtime.checkpoint import Checkpoints
 from instructax.runtime.folder import open_run as open_folder
@@ -32,11 +28,11 @@ from instructax.runtime.profile import profiled
 from instructax.runtime.stopping import StopSignal
 from instructax.stages import data
 from instructax.stages.context import Run, checkpoint_meta, load_params, open_run, write_json
+from instructax.stages.iteration import programs
 from instructax.stages.pretrain import held_out_nll
-from instructax.stages.sampling import Sampler, prompt_plan, rollout_slots, stop_ids
+from instructax.stages.sampling import Sampler
 from instructax.steps import ppo as ppo_steps
 from instructax.steps.optimizer import make_optimizer
-from instructax.steps.rollout import sample_responses, score_rollout
 from instructax.steps.state import PpoState, TrainState, create
 
 Array = Any
@@ -153,118 +149,6 @@ def _restore(saved: Checkpoints, step: int, abstract: PpoState) -> PpoState:
         kl_coef,
         iteration,
     )
-
-
-def programs(
-    run: Run,
-    reference: Params,
-    reward: Params,
-    scale: Mapping[str, float],
-    policy_optimizer,
-    value_optimizer,
-    shardings: PpoState,
-) -> Callable[..., tuple[PpoState, dict[str, Any]]]:
-    """(state, i, prompts, text) -> (state, metrics): an iteration's three programs in order."""
-    c, config = run.config.ppo, run.config
-    whole = NamedSharding(run.mesh, PartitionSpec())
-
-    def sampled_with_lengths(policy: Params, key: Array, prompt_batch, source_UxRxL):
-        responses = sample_responses(
-            policy,
-            key,
-            prompt_batch,
-            source_UxRxL,
-            model_config=config.model,
-            response_length=c.response_length,
-            temperature=c.temperature,
-            eos_id=run.tokenizer.eos_id,
-            pad_id=run.tokenizer.pad_id,
-            stop_ids=stop_ids(run),
-            slots=rollout_slots(run),
-            cache_dtype=c.cache_dtype,
-        )
-        return responses, responses.mask_BxT.sum(axis=1)
-
-    sample = jax.jit(sampled_with_lengths, out_shardings=(None, whole))
-    score = jax.jit(
-        functools.partial(
-            score_rollout,
-            config=c,
-            model_config=config.model,
-            reward_config=run.reward_model,
-            eos_id=run.tokenizer.eos_id,
-        )
-    )
-    update = jax.jit(
-        functools.partial(
-            ppo_steps.ppo_iteration,
-            config=c,
-            model_config=config.model,
-            reward_config=run.reward_model,
-            policy_optimizer=policy_optimizer,
-            value_optimizer=value_optimizer,
-        ),
-        donate_argnums=0,
-        out_shardings=(shardings, None),
-    )
-    order = jax.jit(
-        functools.partial(ppo_steps.minibatch_order, episodes=c.batch_size, config=c),
-        out_shardings=whole,
-    )
-    rollout_key = run.key("ppo/rollout")
-    score_key, order_key = run.key("ppo/shuffled_scores"), run.key("ppo/minibatches")
-
-    rows = functools.partial(episode_rows, slots=c.response_length, packed=c.packed)
-    shards = mesh.shards(run.mesh)
-
-    def iterate(state: PpoState, i: int, prompt_batch, text) -> tuple[PpoState, dict[str, Any]]:
-        began = time.perf_counter()
-        batch = mesh.put_batch(run.mesh, prompt_batch)
-        policy = state.policy.params
-        responses, length = sample(
-            policy, jax.random.fold_in(rollout_key, i), batch, prompt_plan(run, prompt_batch)
-        )
-        length_B = np.asarray(length)  # rows are planned on the host
-        sampled = time.perf_counter()
-        everyone = np.arange(c.batch_size, dtype=np.int32)[None]
-        rollout, metrics, _ = score(
-            policy,
-            reference,
-            state.value.params,
-            reward,
-            batch,
-            responses,
-            state.kl_coef,
-            jax.random.fold_in(score_key, i),
-            rows(everyone, prompt_batch.mask_BxP, length_B, shards=shards)[0],
-            # Arguments and not constants: other seeds have other scales, and the same program.
-            reward_gain=scale["gain"],
-            reward_bias=scale["bias"],
-        )
-        order_UxM = np.asarray(order(jax.random.fold_in(order_key, i)))
-        source_UxRxL = rows(
-            order_UxM, prompt_batch.mask_BxP, length_B, shards=shards * c.grad_accumulation
-        )
-        scored = _ready_at(rollout)
-        state, update_metrics = update(state, rollout, text, metrics["objective/kl"], source_UxRxL)
-        updated = _ready_at(update_metrics)
-        times = {
-            "timing/rollout": sampled - began,
-            "timing/score": scored - sampled,
-            "timing/update": updated - scored,
-            "elapsed/episodes": (i + 1) * c.batch_size,
-            "elapsed/time": updated - began,
-            "elapsed/fps": c.batch_size / (updated - began),
-        }
-        return state, metrics | update_metrics | times
-
-    return iterate
-
-
-def _ready_at(arrays: Any) -> float:
-    """The time at which a program's results are there; the programs of an iteration follow each other anyway."""
-    jax.block_until_ready(arrays)
-    return time.perf_counter()
 
 
 def _host_batches(run: Run, updates: int) -> Callable[[int], tuple[Any, Any]]:
