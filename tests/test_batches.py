@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instructax.batches import Layout, check_layout, first_fit, padded_layout
+from instructax.batches import (
+    Layout,
+    check_layout,
+    first_fit,
+    padded_layout,
+    scored_slots,
+)
 
 
 @given(st.lists(st.integers(0, 10), max_size=40))
@@ -78,3 +84,18 @@ def test_a_layout_of_other_arrays_is_refused_by_name():
         check_layout(Layout(TOKEN, TOKEN, TOKEN, MASK))
     with pytest.raises(ValueError, match="^layout.segment_BxL has shape"):
         check_layout(Layout(TOKEN, TOKEN, TOKEN[:1], TOKEN))
+
+
+def test_scored_slots_are_the_weighted_ones_in_few_widths():
+    weight = np.zeros((3, 16), np.float32)
+    weight[0, [3, 9, 15]], weight[1, 4], weight[2, 5:10] = 1.0, 0.5, -1.0
+    scored = scored_slots(weight)
+    assert scored.shape == (3, 6) and scored.dtype == np.int32
+    for row, slots in zip(weight, scored, strict=True):
+        assert slots[slots >= 0].tolist() == np.flatnonzero(row).tolist()
+    assert scored_slots(np.zeros((2, 16), np.float32)).tolist() == [[-1, -1], [-1, -1]]
+    weight[0, :15] = 1.0
+    assert scored_slots(weight) is None
+    assert {scored_slots(np.arange(1000)[None] < n).shape[1] for n in range(1, 876)} == {
+        125 * k for k in range(1, 8)
+    }

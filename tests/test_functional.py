@@ -19,7 +19,7 @@ from instructax.models import functional as model
 
 B, L, P, SLOTS = 3, 6, 4, 7
 VOCAB = tiny.MODEL.padded_vocab_size
-FIELDS = [f.name for f in dataclasses.fields(Layout)]
+FIELDS = [f.name for f in dataclasses.fields(Layout) if f.name.endswith("_BxL")]
 I_BxL, I_BxP = np.ones((B, L), np.int32), np.ones((B, P), np.int32)
 M_BxP, I_B = np.ones((B, P), bool), np.ones((B,), np.int32)
 LAYOUT = Layout(*[I_BxL] * 4)

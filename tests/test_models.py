@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from instructax import logprobs
-from instructax.batches import Layout, padded_layout, predecessor
+from instructax.batches import Layout, padded_layout, predecessor, scored_slots
 from instructax.config import ModelConfig
+from instructax.models import attention as attention_lib
 from instructax.models import functional as model
 from instructax.models import transformer
 from instructax.models.attention import visible
@@ -238,17 +239,42 @@ def test_chunked_logprobs_equal_dense_values_and_gradients(chunk):
     )
 
 
-def test_scan_and_remat_change_nothing():
+@pytest.mark.parametrize("name", ["gpt2", "gpt3"])
+def test_scan_and_remat_change_nothing(name):
+    config = FAMILIES[name]
     layout = padded_layout(tokens(2, 6), np.ones((2, 6), bool))
-    params = started(SMALL)
+    params = started(config)
 
     def loss(params, remat):
-        config = dataclasses.replace(SMALL, remat=remat)
-        return model.token_logprobs(params, config, layout).sum()
+        of = dataclasses.replace(config, remat=remat)
+        return model.token_logprobs(params, of, layout).sum()
 
     grad = jax.jit(jax.grad(loss), static_argnums=1)
-    a, b = grad(params, "block"), grad(params, "none")
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), a, b)
+    wanted = grad(params, "none")
+    for remat in ("block", "wide"):
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), grad(params, remat), wanted
+        )
+
+
+def test_remat_keeps_the_stream_before_each_block_and_no_copy_of_the_parameters():
+    """What the backward pass is given, beyond the parameters themselves and the layout."""
+    config = dataclasses.replace(FAMILIES["gpt3"], num_layers=8, d_ff=256, d_model=32)
+    layout = padded_layout(tokens(2, 16), np.ones((2, 16), bool))
+    params = started(config)
+
+    def kept(params):
+        _, back = jax.vjp(lambda p: transformer.hidden(p, config, layout), params)
+        return back
+
+    stream = 2 * 16 * config.d_model
+    size = sum(x.size for x in jax.tree.leaves(jax.eval_shape(kept, params)))
+    blocks = model.num_parameters(params["blocks"])
+    masks = 2 * 2 * 16 * 16
+    # Before every block, behind the last one, and a few for the final norm.
+    assert (
+        size < blocks + (config.num_layers + 8) * stream + masks + 4 * params["embed"]["token"].size
+    )
 
 
 def test_dropout_acts_only_where_a_key_is_given():
@@ -289,3 +315,94 @@ def test_presets_have_the_papers_size(name):
     assert config.head_width * config.num_heads == config.d_model
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), config, "lm"))
     assert model.num_parameters(shapes) / 1e6 == pytest.approx(PAPER_PARAMETERS[name], rel=0.02)
+
+
+@pytest.mark.laws
+@pytest.mark.parametrize("budget", [2**30, 0], ids=["kept", "computed again"])
+def test_attention_in_blocks_of_queries_equals_the_whole(budget, monkeypatch):
+    """Values and gradients, with a last block that is not full, shared prompts and grouped keys."""
+    layout, _ = shared_prompt_layout()
+    mask = visible(layout)
+    rows, length = layout.token_BxL.shape
+    assert length % 5 and length > 10
+    keys = jax.random.split(jax.random.key(0), 4)
+    q = jax.random.normal(keys[0], (rows, length, 4, 8))
+    k, v = (jax.random.normal(key, (rows, 2, length, 8)) for key in keys[1:3])
+    weight = jax.random.normal(keys[3], q.shape)
+    monkeypatch.setattr(attention_lib, "QUERY_BLOCK", 5)
+    monkeypatch.setattr(attention_lib, "SCORE_BYTES", budget)
+
+    def total(attend):
+        return jax.value_and_grad(
+            lambda q, k, v: (attend(q, k, v, mask) * weight).sum(), argnums=(0, 1, 2)
+        )(q, k, v)
+
+    whole = total(attention_lib.attention)
+    in_blocks = total(attention_lib.causal_attention)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), in_blocks, whole
+    )
+    if not budget:
+        return
+    # It reads no key behind a block: what stands there may be anything.
+    poisoned = k.at[:, :, 5:].set(jnp.nan)
+    out = attention_lib.causal_attention(q, poisoned, v, mask)[:, :5]
+    np.testing.assert_allclose(
+        out, attention_lib.attention(q, k, v, mask)[:, :5], rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.laws
+def test_scored_slots_have_the_values_and_gradients_of_all(family):
+    """A loss over some slots needs no logits of the others."""
+    config, params = family
+    layout, _ = shared_prompt_layout()
+    weight = (np.random.default_rng(5).random(layout.token_BxL.shape) < 0.4).astype(np.float32)
+    scored = scored_slots(weight)
+    assert scored is not None and scored.shape[1] < weight.shape[1]
+
+    def total(params, scored):
+        logp = model.token_logprobs(params, config, layout, scored_BxM=scored)
+        return (logp * weight).sum(), logp
+
+    graded = jax.jit(jax.value_and_grad(total, has_aux=True))
+    (every, logp), grads = graded(params, None)
+    (some, logp_some), grads_some = graded(params, scored)
+    np.testing.assert_allclose(some, every, rtol=1e-5)
+    np.testing.assert_allclose(logp_some, np.where(weight != 0, logp, 0.0), rtol=1e-5, atol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads_some, grads
+    )
+
+
+def test_scores_that_fit_one_device_are_kept_for_the_backward_pass(monkeypatch):
+    """2 rows, 4 heads and half of 8 x 8 pairs are 1024 bytes in float32."""
+    monkeypatch.setattr(attention_lib, "SCORE_BYTES", 1024)
+    assert attention_lib._scores_fit(2, 4, 8) and not attention_lib._scores_fit(2, 4, 16)
+    mesh = jax.sharding.AbstractMesh((1, 2, 2), ("data", "fsdp", "model"))
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert attention_lib._scores_fit(2, 4, 16) and not attention_lib._scores_fit(4, 4, 16)
+
+
+def test_the_backward_pass_of_a_long_attention_holds_the_scores_of_one_block(monkeypatch):
+    rows, length, heads = 2, 512, 4
+    q, k, v = (
+        jax.random.normal(key, shape)
+        for key, shape in zip(
+            jax.random.split(jax.random.key(0), 3),
+            [(rows, length, heads, 8), *[(rows, heads, length, 8)] * 2],
+            strict=True,
+        )
+    )
+    mask = jnp.tril(jnp.ones((rows, length, length), bool))
+
+    def bytes_with(budget: int) -> int:
+        monkeypatch.setattr(attention_lib, "SCORE_BYTES", budget)
+        monkeypatch.setattr(attention_lib, "QUERY_BLOCK", 32)
+        total = jax.grad(
+            lambda *x: (attention_lib.causal_attention(*x, mask) ** 2).sum(), (0, 1, 2)
+        )
+        return jax.jit(total).lower(q, k, v).compile().memory_analysis().temp_size_in_bytes
+
+    half = 4 * rows * heads * length * length // 2
+    assert bytes_with(2**30) > half > bytes_with(0)

@@ -112,6 +112,21 @@ def test_an_axis_of_size_one_stays_whole():
     assert partitioning.spec("k", (64, 1), ("d_model", "kv_heads"), MESH) == P("fsdp", None)
 
 
+def test_the_stream_is_divided_by_slots_where_the_model_axis_divides_them():
+    def pinned(length: int) -> str:
+        x = jax.ShapeDtypeStruct((8, length, 2), "float32")
+        return str(jax.make_jaxpr(partitioning.constrain_stream)(x))
+
+    assert "sharding_constraint" not in pinned(6) and partitioning.parts("batch") == 1
+    with jax.sharding.use_abstract_mesh(
+        jax.sharding.AbstractMesh((2, 2, 4), partitioning.MESH_AXES)
+    ):
+        assert partitioning.parts("batch") == 4 and partitioning.parts("d_model") == 2
+        assert "'model', None" in pinned(8)
+        for length in (6, 1):
+            assert "sharding_constraint" in pinned(length) and "'model'," not in pinned(length)
+
+
 def test_constrain_does_nothing_without_a_mesh_and_pins_with_one():
     x = jnp.zeros((4, 3, 2))
     pinned = lambda x: partitioning.constrain(x, "batch", None, "heads")

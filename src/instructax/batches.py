@@ -31,10 +31,12 @@ Array = Any  # jax.Array or numpy.ndarray: batches are made by NumPy and consume
 
 @dataclass_transform(frozen_default=True)
 def pytree(cls):
-    """A frozen dataclass that jax treats as a pytree, every field a leaf."""
+    """A frozen dataclass that jax treats as a pytree, every field a leaf; a bool is static."""
     cls = dataclasses.dataclass(frozen=True)(cls)
+    fields = dataclasses.fields(cls)
+    static = [f.name for f in fields if f.type == "bool"]
     return jax.tree_util.register_dataclass(
-        cls, data_fields=[f.name for f in dataclasses.fields(cls)], meta_fields=[]
+        cls, data_fields=[f.name for f in fields if f.name not in static], meta_fields=static
     )
 
 
@@ -52,6 +54,7 @@ class Layout:
     position_BxL: Array  # int32
     segment_BxL: Array  # int32
     prefix_BxL: Array  # int32
+    prefixed: bool = True  # static; False promises that prefix_BxL is 0 throughout
 
 
 @pytree
@@ -60,6 +63,7 @@ class LmBatch:
 
     layout: Layout
     weight_BxL: Array  # float32, 0 where a token is context only
+    scored_BxM: Array | None = None  # int32, what scored_slots returns: None scores every slot
 
 
 @pytree
@@ -133,6 +137,7 @@ def padded_layout(token_BxL: Array, mask_BxL: Array) -> Layout:
         position_BxL=jnp.where(mask_BxL, count_BxL - 1, 0),
         segment_BxL=mask_BxL.astype(jnp.int32),
         prefix_BxL=jnp.zeros(token_BxL.shape, jnp.int32),
+        prefixed=False,
     )
 
 
@@ -143,10 +148,31 @@ def check_layout(layout: Layout) -> None:
     """
     if not isinstance(layout, Layout):
         raise TypeError(f"layout must be a Layout, got {type(layout).__name__}")
-    arrays = {f"layout.{f.name}": getattr(layout, f.name) for f in dataclasses.fields(Layout)}
+    names = ("token_BxL", "position_BxL", "segment_BxL", "prefix_BxL")
+    arrays = {f"layout.{name}": getattr(layout, name) for name in names}
     for name, array in arrays.items():
         shapes.int_array(name, array, 2)
     shapes.same_shape(**arrays)
+
+
+# Widths of scored slots to choose from: another width is another program, so they are few.
+_SCORED_WIDTHS = 8
+
+
+def scored_slots(weight_BxL: np.ndarray) -> np.ndarray | None:
+    """scored_BxM: the slots of each row whose weight is not 0, in order, -1 behind them.
+
+    Only there are logits needed. M is the largest number in a row, rounded up to an eighth of L; None
+    where that is all of L.
+    """
+    length = weight_BxL.shape[1]
+    counted_BxL = np.asarray(weight_BxL) != 0
+    step = -(-length // _SCORED_WIDTHS)
+    width = step * max(1, -(-int(counted_BxL.sum(axis=1).max(initial=0)) // step))
+    if width >= length:
+        return None
+    first_BxL = np.argsort(~counted_BxL, axis=1, kind="stable").astype(np.int32)
+    return np.where(np.take_along_axis(counted_BxL, first_BxL, axis=1), first_BxL, -1)[:, :width]
 
 
 def first_fit(size_n: Sequence[int], capacity: int, max_rows: int | None = None) -> list[list[int]]:

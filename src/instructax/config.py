@@ -74,8 +74,9 @@ class ModelConfig:
     """Divide the two residual-output kernels by sqrt(2 * num_layers) (GPT-2 paper; its released code does not)."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of activations; parameters, heads, losses and softmax over the vocabulary stay float32."""
-    remat: Literal["none", "block"] = "block"
-    """Recompute a block's activations in the backward pass."""
+    remat: Literal["none", "wide", "block", "offload"] = "block"
+    """What the backward pass computes again: nothing; what is wide (attention, the MLP's hidden layer); all of a block;
+    or all but queries, keys and values, which wait in the host's memory together with each block's input."""
     scan_unroll: int = 1
     """Periods of the layer pattern in one step of the scan over layers. All of them is faster where layers are small
     (on CPU a step of a scan stores and fetches what the backward pass needs), and longer to compile."""
@@ -458,7 +459,8 @@ class PpoConfig:
     """Longest response in tokens."""
     rollout_slots: int | None = None
     """Rows that decode at a time, in rollouts and in every other sampling: where a response ends, the next prompt takes its
-    slot, so that none waits for the longest. None gives every response of a batch a row. The responses are the same."""
+    slot, so that none waits for the longest. None gives every response of a batch a row. The responses are the same.
+    Every shard of the batch then samples by itself and holds the policy's weights whole: for models that fit one chip."""
     cache_dtype: Literal["bfloat16", "int8"] | None = None
     """Dtype of keys and values while sampling; int8 has a scale for every token and head, and none is model.compute_dtype.
     What it costs in exactness is logged as val/sampler_gap_mean and _max."""

@@ -49,6 +49,11 @@ def _statistics(
     return logp, -(jnp.exp(logp_V) * finite_V).sum(axis=-1)
 
 
+def slots_at_a_time(rows: int, vocabulary: int) -> int:
+    """The largest number of slots whose float32 logits stay under CHUNK_BYTES."""
+    return max(1, CHUNK_BYTES // (4 * rows * vocabulary))
+
+
 def chunked_token_statistics(
     x_BxLxD: Array,
     token_BxL: Array,
@@ -66,8 +71,8 @@ def chunked_token_statistics(
         dtype, everything behind it in float32 (float64 for float64 input).
       token_BxL: integers.
       unembedding_VxD: floating, W; rows from ``vocab_size`` on are padding of the vocabulary.
-      chunk: the number of slots walked at a time; none picks the largest whose logits stay under
-        CHUNK_BYTES.
+      chunk: the number of slots walked at a time; none picks what :func:`slots_at_a_time` gives
+        for all rows.
       with_entropy: False leaves the entropy at 0.
 
     Raises:
@@ -89,7 +94,7 @@ def chunked_token_statistics(
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     if chunk is None:
-        chunk = max(1, CHUNK_BYTES // (4 * rows * unembedding_VxD.shape[0]))
+        chunk = slots_at_a_time(rows, unembedding_VxD.shape[0])
     if chunk >= length:
         return _statistics(
             x_BxLxD, token_BxL, unembedding_VxD, vocab_size, temperature, with_entropy

@@ -26,7 +26,8 @@ BATCH_AXES = ("data", "fsdp")
 # materialize it whole on every device, so there both mesh axes go to the vocabulary.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": BATCH_AXES,
-    "length": (),
+    "replica": ("data",),
+    "length": ("model",),
     "layers": (),
     "vocab": ("model", "fsdp"),
     "position": (),
@@ -154,26 +155,68 @@ def batch_spec() -> PartitionSpec:
     return PartitionSpec(BATCH_AXES)
 
 
+def parts(logical_axis: str) -> int:
+    """Into how many parts the mesh of the enclosing ``jax.set_mesh`` divides an axis; 1 without one.
+
+    Inside of :func:`by_batch_shard` a device sees its own rows alone: nothing divides them further.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    left = [axis for axis in RULES[logical_axis] if axis not in mesh.manual_axes]
+    return math.prod(dict(mesh.shape).get(axis, 1) for axis in left)
+
+
+def free_axes() -> tuple[str, ...]:
+    """Axes of the enclosing mesh that are the compiler's; none without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(axis for axis in mesh.axis_names if axis not in mesh.manual_axes)
+
+
+def platform() -> str:
+    """Where the program being traced will run: ``tpu``, ``gpu`` or ``cpu``; that of the mesh, if there is one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    if device is None:
+        return jax.default_backend()
+    return device.platform
+
+
+def constrain_decoding(x_BxLxD: jax.Array) -> jax.Array:
+    """Pin the residual stream of one token a row to where the weights are, so that these stay there.
+
+    A kernel's d_model lies on ``fsdp``, so the stream's does: products are summed over chips, which for
+    a token a row is far less than the kernels that would be gathered otherwise.
+    """
+    return constrain(x_BxLxD, "replica", None, "d_model")
+
+
+def constrain_stream(x_BxLxD: jax.Array) -> jax.Array:
+    """Pin the residual stream between the products that the model axis divides: rows, and slots by ``model``.
+
+    So a norm or a dropout is computed once a slot, and what the backward pass keeps of a block is
+    divided as well (sequence parallelism: Korthikanti et al. 2022, section 4.2). Rows whose length
+    the model axis does not divide are whole on it.
+    """
+    divides = x_BxLxD.shape[1] % parts("length") == 0
+    return constrain(x_BxLxD, "batch", "length" if divides else None, None)
+
+
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     """Pin the sharding of an activation; does nothing where no mesh is set.
 
     The mesh is the one of the enclosing ``jax.set_mesh``, so that models never carry it around.
-    Inside of :func:`by_batch_shard` a device sees its own rows alone: only the other axes are left.
+    Inside of :func:`by_batch_shard` only the axes that it leaves to the compiler are pinned.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    if mesh.manual_axes:
-        logical_axes = tuple(None if name == "batch" else name for name in logical_axes)
+    manual = set(mesh.manual_axes)
+    logical_axes = tuple(
+        None if name is not None and manual & set(RULES.get(name, ())) else name
+        for name in logical_axes
+    )
     return jax.lax.with_sharding_constraint(
         x, spec("activation", x.shape, logical_axes, dict(mesh.shape))
     )
-
-
-def batch_shards() -> int:
-    """How many parts the mesh of the enclosing ``jax.set_mesh`` divides rows into; 1 without one."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(dict(mesh.shape).get(axis, 1) for axis in BATCH_AXES)
 
 
 def by_batch_shard(function: Callable[..., Any], whole: int) -> Callable[..., Any]:
@@ -182,7 +225,7 @@ def by_batch_shard(function: Callable[..., Any], whole: int) -> Callable[..., An
     The first ``whole`` arguments are the same for all shards: what is sharded over ``fsdp`` is gathered
     once. All others, and the results, have rows. Tensor parallelism stays the compiler's.
     """
-    if batch_shards() == 1:
+    if parts("batch") == 1:
         return function
 
     def call(*args):

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from instructax.batches import Layout, LmBatch, first_fit
+from instructax.batches import Layout, LmBatch, first_fit, scored_slots
 from instructax.config import UserError
 from instructax.data.pipeline import PlannedUnits, SingleUnits, Stream, Unit, derive_seed
 from instructax.data.templates import ChatTemplate, encode_prompt, encode_response
@@ -155,4 +155,5 @@ def _assemble(
             weight_BxL[row, middle:stop] = 1.0
             start = stop
     prefix_BxL = np.zeros((size, row_length), np.int32)
-    return LmBatch(Layout(token_BxL, position_BxL, segment_BxL, prefix_BxL), weight_BxL)
+    layout = Layout(token_BxL, position_BxL, segment_BxL, prefix_BxL, prefixed=False)
+    return LmBatch(layout, weight_BxL, scored_slots(weight_BxL))

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from instructax.batches import LmBatch
+from instructax.batches import LmBatch, scored_slots
 from instructax.config import UserError
 from instructax.data.pipeline import Stream
 
@@ -71,7 +71,10 @@ class MixedStream:
         lengths = sorted({part.weight_BxL.shape[1] for part in parts})
         if len(lengths) > 1:
             raise UserError(f"a mixture needs rows of one length, got {lengths}; set them equal")
-        return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+        layout, weight_BxL = jax.tree.map(
+            lambda *arrays: np.concatenate(arrays), *((p.layout, p.weight_BxL) for p in parts)
+        )
+        return LmBatch(layout, weight_BxL, scored_slots(weight_BxL))
 
     @property
     def num_examples(self) -> int:

@@ -80,6 +80,7 @@ def stream(
             position_BxL=np.where(real_BxL, position_BxL, 0).astype(np.int32),
             segment_BxL=np.where(real_BxL, segment_BxL, 0).astype(np.int32),
             prefix_BxL=np.zeros((size, row_length), np.int32),
+            prefixed=False,
         )
         return LmBatch(layout, weight_BxL)
 

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 
 from instructax.batches import Layout, padded_layout, pytree
 from instructax.config import ModelConfig
-from instructax.models.attention import attention, heads_first, visible
+from instructax.models.attention import attending, heads_first
 from instructax.models.layers import Block
 from instructax.models.stored import Stored, like, look, put, store
 from instructax.models.transformer import embed, finish
+from instructax.partitioning import constrain_decoding
 
 Array = Any
 Params = Any
@@ -64,11 +65,10 @@ def _read(copy: Params, config: ModelConfig, layout: Layout) -> tuple[Array, lis
     keys: list[Array] = []
     values: list[Array] = []
     for i, params in enumerate(copy["blocks"]):
-        mask = visible(layout, _band(config, i))
+        of_layer = attending(layout, config, _band(config, i))
 
-        def attend(q, k, v, mask=mask):
-            k, v = heads_first(k), heads_first(v)
-            return attention(q, k, v, mask), (k, v)
+        def attend(q, k, v, of_layer=of_layer):
+            return of_layer(q, k, v), (heads_first(k), heads_first(v))
 
         x, (key, value) = _apply(block, params, x, layout.position_BxL, attend)
         keys.append(key)
@@ -198,8 +198,8 @@ def decode(copy: Params, config: ModelConfig, token_B: Array, cache: Cache) -> t
     position_BxS = jax.lax.dynamic_update_slice_in_dim(
         cache.position_BxS, position_Bx1, slot, axis=1
     )
-    block = Block(config)
-    x = embed(copy, config, token_B[:, None], position_Bx1)
+    block = Block(config, decoding=True)
+    x = constrain_decoding(embed(copy, config, token_B[:, None], position_Bx1))
     keys, values = [], []
     for i, params in enumerate(copy["blocks"]):
         band = _band(config, i)

@@ -19,6 +19,7 @@ from instructax.models import cache as cache_lib
 from instructax.models import transformer
 from instructax.models.cache import Cache, admit, repeat_rows, rollout_copy
 from instructax.models.cache import empty as empty_cache
+from instructax.partitioning import constrain, parts
 
 __all__ = [
     "Cache",
@@ -96,20 +97,49 @@ def _check(layout: Layout, dropout_key: Array | None) -> None:
         shapes.key_array("dropout_key", dropout_key, 0)
 
 
-def _statistics(params, config, layout, temperature, dropout_key, with_entropy):
+def _statistics(
+    params, config, layout, temperature, dropout_key, with_entropy, scored_BxM=None
+) -> tuple[Array, Array]:
     _check(layout, dropout_key)
+    if scored_BxM is not None:
+        shapes.int_array("scored_BxM", scored_BxM, 2)
     x_BxLxD = transformer.hidden(params, config, layout, dropout_key)
     index_BxL, exists_BxL = predecessor(layout)
+    token_BxL = layout.token_BxL
+    if scored_BxM is not None:
+        slot_BxM = jnp.maximum(scored_BxM, 0)
+        index_BxL, token_BxL, exists_BxL = (
+            jnp.take_along_axis(of_BxL, slot_BxM, axis=1)
+            for of_BxL in (index_BxL, token_BxL, exists_BxL)
+        )
     before_BxLxD = jnp.take_along_axis(x_BxLxD, index_BxL[:, :, None], axis=1)
+    unembedding = _unembedding(params, config)
+    rows_of_device = max(1, token_BxL.shape[0] // parts("batch"))
     logp, entropy = logprobs.chunked_token_statistics(
         before_BxLxD,
-        layout.token_BxL,
-        _unembedding(params, config),
+        token_BxL,
+        unembedding,
+        chunk=logprobs.slots_at_a_time(rows_of_device, unembedding.shape[0]),
         vocab_size=config.vocab_size,
         temperature=temperature,
         with_entropy=with_entropy,
     )
-    return jnp.where(exists_BxL, logp, 0.0), jnp.where(exists_BxL, entropy, 0.0)
+    logp, entropy = jnp.where(exists_BxL, logp, 0.0), jnp.where(exists_BxL, entropy, 0.0)
+    if scored_BxM is None:
+        return logp, entropy
+    length = layout.token_BxL.shape[1]
+    return _home(logp, scored_BxM, length), _home(entropy, scored_BxM, length)
+
+
+def _home(y_BxM: Array, slot_BxM: Array, length: int) -> Array:
+    """y_BxL with y_BxM at its slots, 0 at all others; slot -1 goes nowhere."""
+
+    def of_row(y_M: Array, slot_M: Array) -> Array:
+        # One slot more than there are takes what has no home.
+        y_L = jnp.zeros((length + 1,), y_M.dtype)
+        return y_L.at[jnp.where(slot_M >= 0, slot_M, length)].set(y_M)[:length]
+
+    return jax.vmap(of_row)(y_BxM, slot_BxM)
 
 
 def token_logprobs(
@@ -119,13 +149,17 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     dropout_key: Array | None = None,
+    scored_BxM: Array | None = None,
 ) -> Array:
     """logp_BxL: log p(token | what it sees before it) at the given temperature; 0 where nothing precedes.
+
+    ``scored_BxM`` names the slots of each row that are wanted (-1 names none): no other's logits are
+    computed, and its log-probability is 0.
 
     Raises:
       TypeError, ValueError: an argument of the wrong dtype or shape, by name.
     """
-    return _statistics(params, model_config, layout, temperature, dropout_key, False)[0]
+    return _statistics(params, model_config, layout, temperature, dropout_key, False, scored_BxM)[0]
 
 
 def token_statistics(
@@ -215,4 +249,7 @@ def decode(
 
 
 def _next_logits(copy: Params, config: ModelConfig, x_BxD: Array) -> Array:
-    return logprobs.masked_logits(x_BxD, _unembedding(copy, config), config.vocab_size)
+    # All rows meet the vocabulary's part of each chip, then every chip has the logits of its own rows.
+    x_BxD = constrain(x_BxD, "replica", None)
+    logits = logprobs.masked_logits(x_BxD, _unembedding(copy, config), config.vocab_size)
+    return constrain(logits, "batch", None)

@@ -6,17 +6,22 @@ training rows, prefill and cached decoding are one block with three such functio
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from instructax.config import ModelConfig
-from instructax.partitioning import constrain
+from instructax.partitioning import constrain, constrain_decoding, constrain_stream
 
 Array = Any
+
+# Names for policies of what the backward pass is given: products that are no wider than the stream.
+QKV, NARROW = "qkv", "narrow"
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 
@@ -67,7 +72,8 @@ class Norm(nn.Module):
         if self.kind == "layer":
             x = x - x.mean(axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.eps)
-        x = jnp.einsum("...d,d->...d", x, scale)
+        # Not an einsum: its gradient would be a product with d_model as the batch, of transposed copies.
+        x = x * jnp.broadcast_to(scale, x.shape)
         if self.kind == "layer" and self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (width,))
             x = x + jnp.broadcast_to(bias, x.shape)
@@ -97,6 +103,7 @@ class Linear(nn.Module):
 class Attention(nn.Module):
     config: ModelConfig
     residual_std: float
+    decoding: bool = False
 
     @nn.compact
     def __call__(self, x: Array, position_BxL: Array, attend: Attend) -> tuple[Array, Any]:
@@ -105,20 +112,27 @@ class Attention(nn.Module):
         q = Linear((heads, width), c.init_std, c.use_bias, name="q")(x)
         k = Linear((groups, width), c.init_std, c.use_bias, name="k")(x)
         v = Linear((groups, width), c.init_std, c.use_bias, name="v")(x)
+        q, k, v = (checkpoint_name(x, QKV) for x in (q, k, v))
+        q = constrain(q, "batch", None, "heads", None)
+        if self.decoding:
+            k, v = (constrain(x, "batch", None, "kv_heads", None) for x in (k, v))
         if c.qk_norm:
             q = Norm("rms", c.norm_eps, False, name="q_norm")(q)
             k = Norm("rms", c.norm_eps, False, name="k_norm")(k)
         if c.positions == "rope":
             q = rotate(q, position_BxL, c.rope_theta, c.rope_pairing)
             k = rotate(k, position_BxL, c.rope_theta, c.rope_pairing)
-        q = constrain(q, "batch", None, "heads", None)
         out, carry = attend(q, k, v)
-        return Linear((c.d_model,), self.residual_std, c.use_bias, 2, name="out")(out), carry
+        if self.decoding:
+            out = constrain(out, "replica", None, "heads", None)
+        out = Linear((c.d_model,), self.residual_std, c.use_bias, 2, name="out")(out)
+        return checkpoint_name(out, NARROW), carry
 
 
 class Mlp(nn.Module):
     config: ModelConfig
     residual_std: float
+    decoding: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -128,16 +142,22 @@ class Mlp(nn.Module):
             gate = Linear((c.mlp_width,), c.init_std, c.use_bias, name="gate")(x)
             hidden = activation(c.activation, gate) * hidden
         else:
-            hidden = activation(c.activation, hidden)
-        hidden = constrain(hidden, "batch", None, "mlp")
-        return Linear((c.d_model,), self.residual_std, c.use_bias, name="down")(hidden)
+            # Its several factors are computed again in the backward pass: they are as wide as the layer itself.
+            hidden = jax.checkpoint(functools.partial(activation, c.activation))(hidden)
+        hidden = constrain(hidden, "replica" if self.decoding else "batch", None, "mlp")
+        down = Linear((c.d_model,), self.residual_std, c.use_bias, name="down")(hidden)
+        return checkpoint_name(down, NARROW)
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then + mlp(norm(x)); GPT-1 normalises after each sum instead."""
+    """x + attention(norm(x)), then + mlp(norm(x)); GPT-1 normalises after each sum instead.
+
+    ``decoding``: of one token a row; activations then travel to the weights, not weights to rows.
+    """
 
     config: ModelConfig
     deterministic: bool = True
+    decoding: bool = False
 
     @nn.compact
     def __call__(self, x: Array, position_BxL: Array, attend: Attend) -> tuple[Array, Any]:
@@ -147,14 +167,15 @@ class Block(nn.Module):
             residual_std /= (2 * c.num_layers) ** 0.5
         attn_norm = Norm(c.norm, c.norm_eps, c.use_bias, name="attn_norm")
         mlp_norm = Norm(c.norm, c.norm_eps, c.use_bias, name="mlp_norm")
-        attention = Attention(c, residual_std, name="attn")
-        mlp = Mlp(c, residual_std, name="mlp")
+        attention = Attention(c, residual_std, self.decoding, name="attn")
+        mlp = Mlp(c, residual_std, self.decoding, name="mlp")
+        stream = constrain_decoding if self.decoding else constrain_stream
         drop = nn.Dropout(c.dropout, deterministic=self.deterministic)
         pre = c.norm_position == "pre"
 
         y, carry = attention(attn_norm(x) if pre else x, position_BxL, attend)
-        x = x + drop(y)
+        x = stream(x + drop(y))
         x = x if pre else attn_norm(x)
         x = x + drop(mlp(mlp_norm(x) if pre else x))
         x = x if pre else mlp_norm(x)
-        return constrain(x, "batch", None, None), carry
+        return stream(x), carry

@@ -6,15 +6,31 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from instructax.batches import Layout
 from instructax.config import ModelConfig
-from instructax.models.attention import attention, heads_first, visible
-from instructax.models.layers import Block, Norm
-from instructax.partitioning import constrain
+from instructax.models.attention import attending
+from instructax.models.layers import NARROW, QKV, Block, Norm
+from instructax.partitioning import constrain, constrain_stream
 
 Array = Any
 Params = Any
+
+_INPUT = "block_input"
+
+# What the backward pass is given of a block beside its input, by the names that layers.py gives. "offload" keeps the input as
+# well in the host's memory: it is the scan's carry, so it is named in here.
+_POLICIES = {
+    "block": None,
+    "wide": jax.checkpoint_policies.save_only_these_names(QKV, NARROW),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[QKV, _INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
 
 
 def init_trunk(key: Array, config: ModelConfig) -> Params:
@@ -51,14 +67,14 @@ def embed(params: Params, config: ModelConfig, token_BxL: Array, position_BxL: A
     x = jnp.take(params["embed"]["token"], token_BxL, axis=0)
     if config.positions == "learned":
         x = x + jnp.take(params["embed"]["position"], position_BxL, axis=0)
-    return constrain(x.astype(config.compute_dtype), "batch", None, None)
+    return constrain_stream(x.astype(config.compute_dtype))
 
 
 def finish(params: Params, config: ModelConfig, x: Array) -> Array:
-    """The final norm of a pre-norm stack; a post-norm stack has none."""
-    if config.norm_position == "post":
-        return x
-    return _final_norm(config).apply({"params": params["final_norm"]}, x)
+    """The final norm of a pre-norm stack; a post-norm stack has none. Rows are whole on every device."""
+    if config.norm_position == "pre":
+        x = _final_norm(config).apply({"params": params["final_norm"]}, x)
+    return constrain(x, "batch", None, None)
 
 
 def _dropout(x: Array, rate: float, key: Array | None) -> Array:
@@ -79,27 +95,34 @@ def hidden(
     drops = dropout_key is not None and config.dropout != 0.0
     block = Block(config, deterministic=not drops)
     pattern = config.attention_pattern
-    mask_of = {
-        kind: visible(layout, config.band_width if kind == "banded" else None)
+    attend_of = {
+        kind: attending(layout, config, config.band_width if kind == "banded" else None)
         for kind in sorted(set(pattern))
     }
 
+    def layer(x: Array, params_of_period: Params, first_layer: Array, i: int) -> Array:
+        x = checkpoint_name(x, _INPUT)
+        # Taken out in here: outside, the backward pass would keep a copy of every layer's parameters.
+        layer_params = jax.tree.map(lambda p: p[i], params_of_period)
+        rngs = None
+        if dropout_key is not None and drops:
+            rngs = {"dropout": jax.random.fold_in(dropout_key, first_layer + i)}
+
+        def attend(q, k, v):
+            return attend_of[pattern[i]](q, k, v), None
+
+        return block.apply({"params": layer_params}, x, position_BxL, attend, rngs=rngs)[0]
+
+    if config.remat != "none":
+        policy = _POLICIES[config.remat]
+        layer = jax.checkpoint(layer, prevent_cse=False, static_argnums=3, policy=policy)
+
     def period(x: Array, scanned: tuple[Params, Array]) -> tuple[Array, None]:
         params_of_period, first_layer = scanned
-        for i, kind in enumerate(pattern):
-            layer_params = jax.tree.map(lambda p, i=i: p[i], params_of_period)
-            rngs = None
-            if dropout_key is not None and drops:
-                rngs = {"dropout": jax.random.fold_in(dropout_key, first_layer + i)}
-
-            def attend(q, k, v, kind=kind):
-                return attention(q, heads_first(k), heads_first(v), mask_of[kind]), None
-
-            x, _ = block.apply({"params": layer_params}, x, position_BxL, attend, rngs=rngs)
+        for i in range(len(pattern)):
+            x = layer(x, params_of_period, first_layer, i)
         return x, None
 
-    if config.remat == "block":
-        period = jax.checkpoint(period, prevent_cse=False)
     periods = config.num_layers // len(pattern)
     by_period = jax.tree.map(
         lambda p: p.reshape((periods, len(pattern)) + p.shape[1:]), params["blocks"]

@@ -58,8 +58,9 @@ class Shapes:
         mesh_lib.check_rows(self.mesh, field, shape[0])
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self.by_rows)
 
-    def layout(self, field: str, rows: int, length: int) -> Layout:
-        return Layout(*(self.of_rows(field, (rows, length), jnp.int32) for _ in range(4)))
+    def layout(self, field: str, rows: int, length: int, prefixed: bool = False) -> Layout:
+        slots = self.of_rows(field, (rows, length), jnp.int32)
+        return Layout(slots, slots, slots, slots, prefixed)
 
     def text(self, field: str, rows: int, length: int) -> LmBatch:
         weight = self.of_rows(field, (rows, length), jnp.float32)

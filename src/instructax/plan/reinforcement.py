@@ -91,8 +91,9 @@ class Reinforcement(Shapes):
         texts = c.minibatch_size * c.ptx_examples_per_episode
         self.text("ppo.minibatch_size * ppo.ptx_examples_per_episode", texts, 1)
         mesh_lib.check_rows(self.mesh, "ppo.minibatch_size", c.minibatch_size, c.grad_accumulation)
+        slots = self.sources(updates, texts, c.ptx_row_length)
         text = LmBatch(
-            Layout(*(self.sources(updates, texts, c.ptx_row_length) for _ in range(4))),
+            Layout(slots, slots, slots, slots, prefixed=False),
             jax.ShapeDtypeStruct(
                 (updates, texts, c.ptx_row_length), jnp.float32, sharding=self.whole
             ),

@@ -110,7 +110,11 @@ class Supervised(Shapes):
         number = self.of_rows("reward.batch_size", index, jnp.int32)
         valid = self.of_rows("reward.batch_size", index, jnp.bool_)
         batch = ComparisonBatch(
-            self.layout("reward.batch_size", rows, c.row_length), number, number, number, valid
+            self.layout("reward.batch_size", rows, c.row_length, prefixed=True),
+            number,
+            number,
+            number,
+            valid,
         )
 
         def step(state, batch):

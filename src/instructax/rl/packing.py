@@ -174,6 +174,7 @@ def take_layout(layout: Layout, source_RxL: Array) -> Layout:
         position_BxL=take(layout.position_BxL, source_RxL),
         segment_BxL=segment_RxL,
         prefix_BxL=jnp.zeros_like(segment_RxL),
+        prefixed=False,
     )
 
 

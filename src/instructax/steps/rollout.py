@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -134,7 +135,7 @@ def response_scores(
     is_last_BxL = jnp.arange(response_BxL.shape[1])[None, :] == last_B[:, None]
     stopped_Bx1 = (responses.stop_B == ENDED_BY_STOP)[:, None]
     token_BxL = jnp.where(is_last_BxL & stopped_Bx1, eos_id, layout.token_BxL)
-    layout = Layout(token_BxL, layout.position_BxL, layout.segment_BxL, layout.prefix_BxL)
+    layout = dataclasses.replace(layout, token_BxL=token_BxL)
     value_BxL = on_rows(lambda rows: model.scalars(params, model_config, rows), layout, source_RxL)
     return jnp.take_along_axis(value_BxL, last_B[:, None], axis=1)[:, 0]
 

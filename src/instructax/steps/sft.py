@@ -25,7 +25,13 @@ def lm_objective(model_config: ModelConfig) -> Objective:
     """
 
     def network(params: Params, batch: LmBatch, dropout_key: Array | None) -> Array:
-        return model.token_logprobs(params, model_config, batch.layout, dropout_key=dropout_key)
+        return model.token_logprobs(
+            params,
+            model_config,
+            batch.layout,
+            dropout_key=dropout_key,
+            scored_BxM=batch.scored_BxM,
+        )
 
     def loss(logp_BxL: Array, batch: LmBatch, normalizer: Array | None):
         weight_BxL = batch.weight_BxL

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from instructax.batches import PromptBatch, Responses
 from instructax.config import ModelConfig
 from instructax.models import functional as model
-from instructax.partitioning import batch_shards, by_batch_shard
+from instructax.partitioning import by_batch_shard, parts
 from instructax.rl.generate import Drawing
 from instructax.rl.packing import read_prompts
 from instructax.rl.slots import generate_in_slots
@@ -41,7 +41,7 @@ def sample_in_slots(
 
     A shard's slots take that shard's prompts; it waits for no other until all have ended.
     """
-    shards = batch_shards()
+    shards = parts("batch")
     if slots % shards:
         raise ValueError(f"slots is {slots}, not a multiple of the {shards} batch shards")
     slots = slots // shards

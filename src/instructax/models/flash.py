@@ -1,0 +1,123 @@
+"""Attention by a flash kernel of the platform: no score ever lies in memory.
+
+On TPU JAX's splash attention (Pallas). Its segment ids say "my segment" and no more, so it serves
+layouts in which no segment has a prefix: padded rows, packed documents, episodes. Elsewhere
+:func:`instructax.models.attention.causal_attention` computes the same.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from instructax.batches import Layout
+from instructax.partitioning import RULES, free_axes, parts, platform
+
+Array = Any
+
+LANES = 128  # what the kernel takes at a time: it must divide row length and head width
+
+
+def serves(layout: Layout, heads: int, kv_heads: int, head_width: int) -> bool:
+    """Whether there is a kernel for this layout where the program will run."""
+    rows, length = layout.token_BxL.shape
+    return (
+        platform() == "tpu"
+        and not layout.prefixed
+        and length % LANES == head_width % LANES == 0
+        and rows % parts("batch") == 0
+        and heads % parts("heads") == kv_heads % parts("kv_heads") == 0
+    )
+
+
+def flash_attention(
+    q_BxLxHxC: Array,
+    k_BxLxGxC: Array,
+    v_BxLxGxC: Array,
+    segment_BxL: Array,
+    band_width: int | None = None,
+    *,
+    interpret: bool = False,
+) -> Array:
+    """softmax(q k^T / sqrt(C)) v over the earlier slots of a query's own segment, 0 where segment is 0.
+
+    Every device takes its own rows and heads. ``interpret`` runs the kernel without its platform, slowly.
+    """
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BxLxHxC, k_BxLxGxC, v_BxLxGxC))
+    attend = functools.partial(_of_device, band_width=band_width, interpret=interpret)
+    axes = free_axes()
+    if axes:
+        rows, heads, kv_heads = (
+            tuple(a for a in RULES[name] if a in axes) for name in ("batch", "heads", "kv_heads")
+        )
+        at, kv_at = PartitionSpec(rows, heads), PartitionSpec(rows, kv_heads)
+        attend = jax.shard_map(
+            attend,
+            in_specs=(at, kv_at, kv_at, PartitionSpec(rows)),
+            out_specs=at,
+            axis_names=set(axes),
+            check_vma=False,
+        )
+    out_BxLxHxC = jnp.swapaxes(attend(q, k, v, segment_BxL), 1, 2)
+    return jnp.where(segment_BxL[:, :, None, None] != 0, out_BxLxHxC, 0.0)
+
+
+def block(length: int) -> int:
+    """Slots of a row that the kernel takes at a time."""
+    return next(size for size in (512, 256, LANES) if length % size == 0)
+
+
+def pairs(length: int, band_width: int | None) -> int:
+    """Pairs of slots of a row whose scores the kernel computes: those of blocks in which some query sees a key."""
+    size = block(length)
+    reach = length if band_width is None else band_width
+    blocks = range(length // size)
+    # From the first query of block i to the last key of block j.
+    seen = sum((i - j - 1) * size + 1 < reach for i in blocks for j in blocks if j <= i)
+    return seen * size * size
+
+
+def _of_device(
+    q_BxHxLxC: Array,
+    k_BxGxLxC: Array,
+    v_BxGxLxC: Array,
+    segment_BxL: Array,
+    *,
+    band_width: int | None,
+    interpret: bool,
+) -> Array:
+    # Here, since other platforms need not wait for it.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    _, heads, length, width = q_BxHxLxC.shape
+    mask: Any = masks.CausalMask((length, length))
+    if band_width is not None:
+        mask = masks.LocalMask((length, length), (band_width - 1, 0), offset=0)
+    size = block(length)
+    attend = kernel.make_splash_mha(
+        masks.MultiHeadMask([mask] * heads),
+        block_sizes=kernel.BlockSizes(
+            block_q=size,
+            block_kv=size,
+            block_q_dkv=size,
+            block_kv_dkv=size,
+            block_q_dq=size,
+            block_kv_dq=size,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+
+    def of_row(q: Array, k: Array, v: Array, segment_L: Array) -> Array:
+        return attend(q, k, v, segment_ids=kernel.SegmentIds(segment_L, segment_L))
+
+    # What compiled text does not say of a kernel, its name does: `instructax plan` reads it.
+    with jax.named_scope(f"flash_pairs_{pairs(length, band_width)}"):
+        # The kernel does not scale.
+        return jax.vmap(of_row)(q_BxHxLxC * width**-0.5, k_BxGxLxC, v_BxGxLxC, segment_BxL)
