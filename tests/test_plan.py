@@ -28,7 +28,7 @@ from instructax.config import (
     UserError,
     replace,
 )
-from instructax.plan import chips, memory, model_flops, programs, timing, topology
+from instructax.plan import chips, compiling, memory, model_flops, programs, timing, topology
 from instructax.plan.chips import CHIPS, GIB
 from instructax.runtime.mesh import make_mesh
 
@@ -309,6 +309,66 @@ def test_the_text_of_a_tpu_is_read():
     assert cost.exposed == pytest.approx(summed.seconds + gathered.seconds)
     seconds = cost.compiler_seconds(chip)
     assert seconds == pytest.approx(6000 / 1.75e9 + cost.exposed)
+
+
+FLASH = """\
+HloModule jit_step, is_scheduled=true
+
+ENTRY %main (q: bf16[2,4,1024,128], k: bf16[2,4,1024,128]) -> bf16[2,4,1024,128] {
+  %q = bf16[2,4,1024,128]{3,2,1,0} parameter(0)
+  %k = bf16[2,4,1024,128]{3,2,1,0} parameter(1)
+  %next = s8[1,2,2]{2,1,0} constant({...})
+  %splash.1 = (bf16[2,4,1024,128]{3,2,1,0}, f32[2,4,1024,128]{3,2,1,0}) custom-call(%next, %next, %q, %k, %k), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="jit(step)/jvp(flash_pairs_786432)/vmap()/splash_mha_fwd_segmented_residuals/pallas_call"}, backend_config={"custom_call_config":{"body":"TUz"}}
+  %out = bf16[2,4,1024,128]{3,2,1,0} get-tuple-element(%splash.1), index=0
+  ROOT %half = bf16[2,4,1024,128]{3,2,1,0} fusion(%out), kind=kLoop, calls=%none, backend_config={"estimated_cycles":"1000"}
+}
+"""
+
+
+def test_a_slice_inside_a_fusion_of_a_fusion_is_read_alone():
+    """As TPU compilers take a layer out of a stack: two computations down."""
+    nested = TPU.replace(
+        "%fused (p0:",
+        """%inner (q1: bf16[6,256,128], q0: bf16[4,256]) -> bf16[256,128] {
+  %q1 = bf16[6,256,128]{2,1,0} parameter(0)
+  %q0 = bf16[4,256]{1,0} parameter(1)
+  %one = bf16[1,256,128]{2,1,0} dynamic-slice(%q1, %q0), dynamic_slice_sizes={1,256,128}
+  ROOT %flat.1 = bf16[256,128]{1,0} bitcast(%one)
+}
+
+%fused (p0:""",
+    ).replace(
+        "  %one = bf16[1,256,128]{2,1,0} dynamic-slice(%p1, %p0), dynamic_slice_sizes={1,256,128}\n"
+        "  %flat = bf16[256,128]{1,0} bitcast(%one)\n",
+        "  %flat = bf16[256,128]{1,0} fusion(%p1, %p0), kind=kLoop, calls=%inner\n",
+    )
+    assert nested.count("calls=%inner") == 1
+    found, plain = (timing.analyse(text, CHIPS["v5p"], PLACES) for text in (nested, TPU))
+    # The index is read once more.
+    assert plain.hbm_bytes <= found.hbm_bytes <= plain.hbm_bytes + 6 * 2 * 4 * 256
+
+
+def test_flags_of_a_tpus_runtime_reach_its_compiler(monkeypatch):
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_a=65536 --xla_enable_b")
+    assert compiling.compiler_options(CHIPS["v5p"]) == {
+        "xla_tpu_a": "65536",
+        "xla_enable_b": "true",
+    }
+    assert compiling.compiler_options(chips.cpu()) == {}
+
+
+def test_a_flash_kernel_counts_with_the_pairs_that_its_name_says():
+    """The compiler says nothing of it, and breaks its line."""
+    chip = CHIPS["v5p"]
+    cost = timing.analyse(FLASH, chip, PLACES)
+    assert cost.flops == 2 * 2 * 786432 * 2 * 4 * 128
+    assert cost.cycles / chip.clock == pytest.approx(
+        1000 / chip.clock + cost.flops / chip.peak_flops
+    )
+    plain = FLASH.replace("flash_pairs_786432", "other")
+    assert timing.analyse(plain, chip, PLACES).cycles == 1000
 
 
 def test_a_loop_that_the_compiler_has_unrolled_turns_half_as_often():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def _compiled(program: Program, mesh: Mesh, chip: Chip) -> Planned:
     with jax.set_mesh(mesh), quiet() as said:
         lowered = program.jitted.lower(*program.arguments)
         try:
-            compiled = lowered.compile()
+            compiled = lowered.compile(compiler_options=compiler_options(chip))
         except jax.errors.JaxRuntimeError as error:
             message = str(error)
     spent = time.perf_counter() - began
@@ -98,6 +99,13 @@ def _compiled(program: Program, mesh: Mesh, chip: Chip) -> Planned:
     return Planned(
         program, held, cost, decode, _counted_once(compiled), rematerialized, spent, False
     )
+
+
+def compiler_options(chip: Chip) -> dict[str, str]:
+    """The flags in LIBTPU_INIT_ARGS, which a TPU's runtime reads and a compiler without one does not."""
+    given = os.environ.get("LIBTPU_INIT_ARGS", "") if chip.torus else ""
+    pairs = (word.removeprefix("--").partition("=") for word in given.split())
+    return {name: value or "true" for name, _, value in pairs}
 
 
 def _places(devices: Sequence[Any]) -> list[tuple[int, ...] | None]:

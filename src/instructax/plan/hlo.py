@@ -24,6 +24,10 @@ _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _NAME = re.compile(r"%([\w.\-]+)")
+_BROKEN_LINE = re.compile(r"(kernel_metadata=\{)\n(.*)\n(\})")
+# Products of blocks of scores in a flash kernel: q k and p v; going back, the scores again, and what leads to
+# dq, or to dk and dv.
+_FLASH = {"fwd": 2, "dq": 3, "dkv": 4}
 _NEVER = 2**62  # the compiler's "no estimate"
 
 
@@ -126,6 +130,7 @@ class Module:
 
 def parse(text: str) -> Module:
     """Raises ValueError where the text has no entry computation."""
+    text = _BROKEN_LINE.sub(r"\1\2\3", text)
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -176,14 +181,31 @@ def _shapes(text: str) -> list[Shape]:
 
 
 def product_flops(instruction: Instruction, within: Computation) -> float:
-    """FLOPs of a dot, a convolution or a call of a matrix library: 2 for each multiply-add; 0 for all else."""
+    """FLOPs of a dot, a convolution, a call of a matrix library or a flash kernel: 2 for each multiply-add."""
     if instruction.opcode == "dot":
         return _dot_flops(instruction, within, r"lhs_contracting_dims=\{([\d,]*)\}")
     if instruction.opcode == "convolution":
         return _convolution_flops(instruction, within)
     if instruction.opcode == "custom-call" and re.search(r"gemm|matmul", instruction.attributes):
         return _dot_flops(instruction, within, r'lhs_contracting_dimensions":\[([\d",]*)\]')
+    if is_flash(instruction):
+        return _flash_flops(instruction, within)
     return 0.0
+
+
+def is_flash(instruction: Instruction) -> bool:
+    """Whether it is one of the kernels that :mod:`instructax.models.flash` calls."""
+    return instruction.opcode == "custom-call" and "flash_pairs_" in instruction.op_name
+
+
+def _flash_flops(instruction: Instruction, within: Computation) -> float:
+    pairs = re.search(r"flash_pairs_(\d+)", instruction.op_name)
+    phase = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", instruction.op_name)
+    query = _operand(instruction, 2, within)
+    if pairs is None or phase is None or query is None:
+        return 0.0
+    *heads, _, width = query.dims  # of each row, where a chip has more than one
+    return 2.0 * _FLASH[phase[1]] * int(pairs[1]) * math.prod(heads) * width
 
 
 def _operand(instruction: Instruction, index: int, within: Computation) -> Shape | None:

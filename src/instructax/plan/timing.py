@@ -167,8 +167,12 @@ class _Walk:
         nbytes = 0.0 if kind is not None else hbm_bytes(instruction, within, self._module)
         own.flops += flops
         own.hbm_bytes += nbytes
-        own.cycles += 0 if kind is not None else instruction.cycles
-        own.roofline += max(flops / self._chip.peak_flops, nbytes / self._chip.hbm_bandwidth)
+        seconds = max(flops / self._chip.peak_flops, nbytes / self._chip.hbm_bandwidth)
+        own.roofline += seconds
+        if kind is None:
+            # The compiler expects nothing of a kernel that it did not write.
+            is_given = not hlo.is_flash(instruction)
+            own.cycles += instruction.cycles if is_given else seconds * (self._chip.clock or 0.0)
         return early
 
     def _inside(self, fusion: Instruction) -> tuple[float, list[tuple[str, Instruction, bool]]]:

@@ -33,13 +33,15 @@ def hbm_bytes(instruction: Instruction, within: Computation, module: Module) -> 
         if operand is None or any(s.fast for s in operand.shapes[:1]):
             continue
         whole = sum(s.nbytes for s in operand.shapes)
-        read += whole if fused is None else min(whole, _read_of_parameter(fused, index, whole))
+        read += (
+            whole if fused is None else min(whole, _read_of_parameter(fused, index, whole, module))
+        )
     if opcode == "fusion" and fused is not None:
         written = _written(fused, written)
     return read + written
 
 
-def _read_of_parameter(fused: Computation, index: int, whole: float) -> float:
+def _read_of_parameter(fused: Computation, index: int, whole: float, module: Module) -> float:
     """Bytes read of a fusion's operand: those of its slices where nothing else looks at it."""
     parameter = next(
         (
@@ -62,6 +64,11 @@ def _read_of_parameter(fused: Computation, index: int, whole: float) -> float:
             total += sum(s.nbytes for s in instruction.shapes)
         elif instruction.opcode == "dynamic-update-slice" and instruction.operands[0] in names:
             continue  # updated in place
+        elif instruction.opcode == "fusion":
+            inner = module.computations[instruction.attribute("calls") or ""]
+            for position, name in enumerate(instruction.operands):
+                if name in names:
+                    total += _read_of_parameter(inner, position, whole, module)
         else:
             return whole
     return total
