@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import os
+import random
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -255,3 +260,94 @@ def test_a_whole_run_on_two_processes_is_the_run_of_one(tmp_path):
         assert_equal(found, whole)
     said = (tmp_path / "logs" / "process-1.log").read_text()
     assert not [line for line in said.splitlines() if "Gloo" not in line], said
+
+
+def worker_pids(launcher: int) -> list[int]:
+    """The processes of instructax that a launcher has running."""
+    parent: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            after_name = path.read_text().rpartition(")")[2].split()
+            parent[int(path.parent.name)] = int(after_name[1])
+
+    def is_below(pid: int) -> bool:
+        while pid in parent and pid != launcher:
+            pid = parent[pid]
+        return pid == launcher
+
+    def is_python(pid: int) -> bool:
+        with contextlib.suppress(OSError):
+            return b"instructax\0ppo" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return False
+
+    return sorted(pid for pid in parent if is_below(pid) and is_python(pid))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_twenty_kills_of_one_of_two_processes(mini_run, tmp_path):
+    """At random moments, from start-up on; the launcher starts both again, and the end is the same."""
+    kills, iterations = 20, 60
+    c = recipe.of_seed(recipe.config(mini_run.parent))
+    ppo = dataclasses.replace(c.ppo, episodes=iterations * c.ppo.batch_size, inner_epochs=2)
+    c = dataclasses.replace(c, ppo=ppo, mesh=dataclasses.replace(c.mesh, fsdp=2))
+
+    def launched(name: str) -> subprocess.Popen:
+        own = dataclasses.replace(c, name=f"{c.name}-{name}")
+        file = tmp_path / f"{name}.py"
+        plain = json.dumps(resolve.dump(own))
+        file.write_text(
+            "import json\nfrom instructax.resolve import from_dict\n"
+            f"def config():\n    return from_dict(json.loads({plain!r}))\n"
+        )
+        if not (folder_of(name) / "init").exists():
+            for stage in ("init", "reward", "data"):
+                source = mini_run / "data" if stage == "data" else mini_run / "seed0" / stage
+                shutil.copytree(source, folder_of(name) / stage)
+        log = (tmp_path / f"{name}.log").open("w")
+        return subprocess.Popen(
+            [
+                *(TESTS.parent / "launch/processes.sh", "2", "--max-restarts", str(2 * kills)),
+                *("--logs", tmp_path / f"{name}-logs", "--", "ppo", "--config", file),
+            ],
+            env=os.environ | {"INSTRUCTAX": f"{sys.executable} -m instructax"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+    def folder_of(name: str) -> Path:
+        return mini_run / f"seed0-{name}"
+
+    def rows(name: str) -> int:
+        path = folder_of(name) / "ppo/metrics.jsonl"
+        return path.read_text("utf-8").count("\n") if path.is_file() else 0
+
+    undisturbed = launched("undisturbed")
+    assert undisturbed.wait(timeout=900) == 0, (tmp_path / "undisturbed.log").read_text()
+    rng = random.Random(2024)
+    disturbed = launched("disturbed")
+    hit: list[int] = []
+    while len(hit) < kills and disturbed.poll() is None:
+        before, wanted = rows("disturbed"), rng.randint(0, 3)
+        end = time.monotonic() + 60
+        while rows("disturbed") < before + wanted and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(rng.random() * (0.3 if wanted else 8.0))
+        if len(pids := worker_pids(disturbed.pid)) == 2:
+            os.kill(rng.choice(pids), signal.SIGKILL)
+            hit.append(rows("disturbed"))
+            while set(pids) & set(worker_pids(disturbed.pid)) and disturbed.poll() is None:
+                time.sleep(0.1)
+    assert disturbed.wait(timeout=900) == 0, (tmp_path / "disturbed.log").read_text()
+    said = (tmp_path / "disturbed.log").read_text()
+    print("killed after rows", hit, "; restarts", said.count(": restart "))
+    assert len(hit) == kills and 0 < max(hit) and len(set(hit)) > 5
+    items = ("params", "ema", "value", "rest")
+    ends = [recipe.saved(folder_of(name) / "ppo", items) for name in ("disturbed", "undisturbed")]
+    recipe.assert_same(*ends)
+    first, second = (
+        figures(folder_of(name) / "ppo/metrics.jsonl") for name in ("disturbed", "undisturbed")
+    )
+    assert first.keys() == second.keys() and len(first) > iterations
+    for name, value in first.items():
+        np.testing.assert_array_equal(value, second[name], err_msg=name)
