@@ -19,7 +19,7 @@ class Shape:
     vocab_size: int = 8192
     context_length: int = 512
     dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["none", "block"] = "none"
+    remat: Literal["none", "wide", "block"] = "none"
 
 
 @dataclass(frozen=True)

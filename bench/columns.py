@@ -68,6 +68,8 @@ def make(peers: Path, device: str, cache: Path) -> dict[str, Column]:
     )
     tuned = dict(clean)
     if device == "cpu":
+        # A device for each core, rows divided among them: what is too small for all cores runs on each.
+        ours["JAX_NUM_CPU_DEVICES"] = str(len(os.sched_getaffinity(0)))
         tuned["GLIBC_TUNABLES"] = KEPT_PAGES
         if shutil.which("cc"):
             tuned["LD_PRELOAD"] = str(preloaded(cache))

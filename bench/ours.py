@@ -15,7 +15,13 @@ import numpy as np
 
 from bench import cases
 from bench.cases import Case, Shape
-from instructax.batches import ComparisonBatch, LmBatch, PromptBatch, padded_layout
+from instructax.batches import (
+    ComparisonBatch,
+    LmBatch,
+    PromptBatch,
+    padded_layout,
+    scored_slots,
+)
 from instructax.config import Config, ModelConfig, OptimizerConfig, PpoConfig
 from instructax.data.comparisons import layout_rows
 from instructax.models import functional as model
@@ -46,8 +52,6 @@ def model_config(shape: Shape) -> ModelConfig:
         context_length=shape.context_length,
         compute_dtype=shape.dtype,
         remat=shape.remat,
-        # A scan's turn stores and fetches what the backward pass needs; without remat nothing asks for one.
-        scan_unroll=shape.num_layers if shape.remat == "none" else 1,
     )
 
 
@@ -67,7 +71,8 @@ def build(case: Case) -> Callable[[], Any]:
 def text_batch(case: Case) -> LmBatch:
     token_BxL, response_BxL = cases.texts(case)
     layout = padded_layout(token_BxL, np.ones(token_BxL.shape, bool))
-    return LmBatch(layout, response_BxL.astype(np.float32))
+    weight_BxL = response_BxL.astype(np.float32)
+    return LmBatch(layout, weight_BxL, scored_slots(weight_BxL))
 
 
 def comparison_batch(case: Case) -> ComparisonBatch:

@@ -1,0 +1,165 @@
+"""Real tokens a second of packed rows against padded ones, on the lengths of real conversations.
+
+    INSTRUCTAX_TEST_DATA=DIR python bench/packing.py [--rounds 5]
+
+The lengths are those of the ranked replies in DIR/oasst_trees, in tokens of a tokenizer trained on them; prompts of at most 256
+tokens and replies of at most 256. SFT: steps of 8 rows of 512 slots, a demonstration each or as many as fit. PPO: one iteration's
+updates of 64 episodes in minibatches of 32, a row each or packed. The model is the small one of bench/cases.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "src")]
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench.cases import SMALL
+from bench.ours import ADAMW, model_config
+from instructax.batches import LmBatch, PromptBatch, Responses, padded_layout
+from instructax.config import PpoConfig
+from instructax.data import demonstrations
+from instructax.data.convert import open_assistant
+from instructax.data.tokenizer import Tokenizer, train_tokenizer
+from instructax.models import functional as model
+from instructax.records import prompt_text
+from instructax.rl.packing import episode_rows
+from instructax.steps import ppo as ppo_steps
+from instructax.steps.optimizer import make_optimizer
+from instructax.steps.rollout import score_rollout
+from instructax.steps.sft import lm_step
+from instructax.steps.state import PpoState, create
+
+WIDTH, ROWS, EPISODES, MINIBATCH = 256, 8, 64, 32
+
+
+def examples(folder: Path) -> demonstrations.DemonstrationExamples:
+    """The best reply of each conversation, as a demonstration."""
+    lines = (folder / "oasst_trees" / "en_100_tree.jsonl").read_text("utf-8").splitlines()
+    records = open_assistant(map(json.loads, lines))[0]
+    shown = [{"prompt": prompt_text(r), "response": r["responses"][0]} for r in records]
+    texts = [text for record in shown for text in record.values()]
+    tokenizer = Tokenizer.from_bytes(train_tokenizer(texts, 4096))
+    found = demonstrations.tokenise(shown, tokenizer, max_prompt_tokens=WIDTH, max_length=2 * WIDTH)
+    print(f"{len(found)} conversations, left out: {found.dropped}")
+    return found
+
+
+def sft(found: demonstrations.DemonstrationExamples, packed: bool):
+    config, optimizer = model_config(SMALL), make_optimizer(ADAMW, 1000)
+    state = create(model.init(jax.random.key(0), config, "lm"), optimizer)
+    step = jax.jit(
+        functools.partial(lm_step, key=None, model_config=config, optimizer=optimizer),
+        donate_argnums=0,
+    )
+    stream = demonstrations.stream(
+        found, batch_size=ROWS, row_length=2 * WIDTH, packed=packed, seed=0
+    )
+    batches = [stream(i) for i in range(4)]
+    tokens = sum(int((b.layout.segment_BxL > 0).sum()) for b in batches)
+
+    def run() -> int:
+        nonlocal state
+        for batch in batches:
+            state, metrics = step(state, batch)
+        jax.block_until_ready(metrics)
+        return tokens
+
+    return run
+
+
+def ppo(found: demonstrations.DemonstrationExamples, packed: bool):
+    m, optimizer = model_config(SMALL), make_optimizer(ADAMW, 1000)
+    c = PpoConfig(
+        ptx_coef=0.0, ptx_at_zero="skip", batch_size=EPISODES, minibatch_size=MINIBATCH,
+        policy_optimizer=ADAMW, value_optimizer=ADAMW, missing_eos="none",
+        prompt_length=WIDTH, response_length=WIDTH,
+    )  # fmt: skip
+    pairs = itertools.cycle(zip(found.prompts, found.responses, strict=True))
+    chosen = list(itertools.islice(((p, r[:WIDTH]) for p, r in pairs), EPISODES))
+    prompt_B, length_B = (np.asarray([len(x) for x in side]) for side in zip(*chosen, strict=True))
+    rng = np.random.default_rng(0)
+    ids = functools.partial(rng.integers, 5, SMALL.vocab_size, (EPISODES, WIDTH), dtype=np.int32)
+    slot_T = np.arange(WIDTH)[None]
+    prompts = PromptBatch(
+        ids(), slot_T >= WIDTH - prompt_B[:, None], np.arange(EPISODES, dtype=np.int32)
+    )
+    responses = Responses(
+        ids(),
+        slot_T < length_B[:, None],
+        np.zeros((EPISODES, WIDTH), np.float32),
+        np.zeros(EPISODES, np.int32),
+    )
+    policy, value = (
+        model.init(jax.random.key(i), m, head) for i, head in enumerate(("lm", "scalar"))
+    )
+    rollout, metrics, _ = jax.jit(
+        functools.partial(score_rollout, config=c, model_config=m, reward_config=m, eos_id=2)
+    )(policy, policy, value, value, prompts, responses, jnp.float32(0.02), jax.random.key(2))
+    state = PpoState(
+        create(policy, optimizer),
+        create(value, optimizer),
+        jax.tree.map(jnp.copy, policy),
+        jnp.float32(0.02),
+        jnp.int32(0),
+    )
+    order = np.arange(EPISODES, dtype=np.int32).reshape(-1, MINIBATCH)
+    rows = episode_rows(order, prompts.mask_BxP, length_B, WIDTH, packed=packed)
+    shape = (len(order), 1, 2)  # at gamma = 0 no text is read
+    none = padded_layout(np.zeros(shape[1:], np.int32), np.zeros(shape[1:], bool))
+    none = jax.tree.map(lambda x: np.broadcast_to(np.asarray(x), shape), none)
+    text = LmBatch(none, np.zeros(shape, np.float32))
+    update = jax.jit(
+        functools.partial(
+            ppo_steps.ppo_iteration, config=c, model_config=m, reward_config=m,
+            policy_optimizer=optimizer, value_optimizer=optimizer,
+        ),
+        donate_argnums=0,
+    )  # fmt: skip
+
+    def run() -> int:
+        nonlocal state
+        state, found = update(state, rollout, text, metrics["objective/kl"], rows)
+        jax.block_until_ready(found)
+        return int((prompt_B + length_B).sum())
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    folder = os.environ.get("INSTRUCTAX_TEST_DATA", "")
+    if not Path(folder, "oasst_trees").is_dir():
+        sys.exit("packing: set INSTRUCTAX_TEST_DATA to a folder that holds oasst_trees")
+    found = examples(Path(folder))
+    print("| work | padded, tokens/s | packed, tokens/s | packed is |\n|---|---|---|---|")
+    for name, build in (("SFT step", sft), ("PPO updates", ppo)):
+        runs = [build(found, packed) for packed in (False, True)]
+        seconds: list[list[float]] = [[], []]
+        tokens = [run() for run in runs]  # compiles
+        for _ in range(rounds):
+            for times, run in zip(seconds, runs, strict=True):
+                began = time.perf_counter()
+                run()
+                times.append(time.perf_counter() - began)
+        padded, packed = (n / statistics.median(t) for n, t in zip(tokens, seconds, strict=True))
+        print(f"| {name} | {padded:,.0f} | {packed:,.0f} | {packed / padded:.2f} times |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""The plan held against published training figures of TPUs.
+
+    pip install -e ".[tpu]"; python bench/published.py [llama2-70b-v5p ...]
+
+Each row is a dense Llama trained by MaxText in bfloat16 with float32 parameters and Adam moments, sharded over one axis of all
+chips (fsdp), as https://maxtext.readthedocs.io/en/maxtext-v0.2.0/reference/models/tiering.html lists it. Rows a chip and what is
+computed again are those of its recipes (MaxText/configs/v5p/llama2_70b.sh; benchmarks/maxtext_trillium_model_configs.py and
+tpu-recipes/training/trillium); compiler flags are those of launch/flags/tpu.env. What is compared is tokens a second and chip:
+utilisation counts attention's FLOPs in two ways (the same page says so), tokens in one. "Off by" is the difference in points of
+utilisation: published utilisation times (estimated / published tokens - 1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Literal
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+
+from instructax.config import Config, MeshConfig, ModelConfig, OptimizerConfig, PretrainConfig
+from instructax.models.presets import llama
+from instructax.plan.chips import chip_of
+from instructax.plan.compiling import plan
+from instructax.plan.programs import programs
+from instructax.plan.topology import devices
+from instructax.runtime.mesh import make_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    model: ModelConfig
+    topology: str
+    rows: int
+    """Of a chip."""
+    length: int
+    remat: Literal["none", "wide", "block", "offload"]
+    tokens: float
+    """Published: a second and chip."""
+    utilisation: float
+    """Published, in percent."""
+
+
+LLAMA2_70B = llama(80, 8192, 64, 28672, 32000, 4096, num_kv_heads=8)
+LLAMA3_8B = llama(32, 4096, 32, 14336, 128256, 8192, num_kv_heads=8, rope_theta=500000.0)
+LLAMA3_70B = llama(80, 8192, 64, 28672, 128256, 8192, num_kv_heads=8, rope_theta=500000.0)
+ROWS = {
+    "llama2-70b-v5p": Row(LLAMA2_70B, "v5p:8x8x8", 4, 4096, "wide", 692, 65.4),
+    "llama2-70b-v6e": Row(LLAMA2_70B, "v6e:16x16", 4, 4096, "block", 900, 43.8),
+    "llama3.1-8b-v6e": Row(LLAMA3_8B, "v6e:16x16", 4, 8192, "offload", 7207, 45.46),
+    "llama3.1-70b-v6e": Row(LLAMA3_70B, "v6e:16x16", 4, 8192, "offload", 960, 50.33),
+}
+
+
+def estimated(row: Row) -> tuple[float, float, float]:
+    """(tokens a second and chip, GiB a chip, seconds in the compiler)."""
+    found = devices(row.topology)
+    config = Config(
+        model=dataclasses.replace(
+            row.model, compute_dtype="bfloat16", vocab_multiple=1024, remat=row.remat
+        ),
+        mesh=MeshConfig(data=1, fsdp=-1, model=1),
+        pretrain=PretrainConfig(
+            optimizer=OptimizerConfig(max_grad_norm=None),
+            batch_size=row.rows * len(found),
+            row_length=row.length,
+            steps=1000,
+        ),
+    )
+    mesh, chip = make_mesh(config.mesh, found), chip_of(found[0])
+    program = next(p for p in programs(config, mesh, ["pretrain/step"]))
+    planned = plan(program, mesh, chip)
+    if planned.cost is None:
+        print(planned.memory, file=sys.stderr)
+        return float("nan"), planned.memory.total / 2**30, planned.seconds
+    cost = planned.cost
+    seconds = cost.compiler_seconds(chip) or float("nan")
+    print(
+        f"  {seconds:.2f} s, exposed {cost.exposed_compiler:.2f} s, roofline {cost.roofline_seconds:.2f} s, "
+        f"{ {k: round(v.seconds, 2) for k, v in cost.collectives.items()} }, "
+        f"{cost.flops / chip.peak_flops:.2f} s of products at the peak",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+    return row.rows * row.length / seconds, planned.memory.total / 2**30, planned.seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rows", nargs="*", default=list(ROWS), help=", ".join(ROWS))
+    print("| figure | published | estimated | off by | memory | compiled in |")
+    print("|---|---|---|---|---|---|")
+    for name in parser.parse_args().rows:
+        row = ROWS[name]
+        tokens, memory, spent = estimated(row)
+        off = row.utilisation * (tokens / row.tokens - 1)
+        print(
+            f"| {name} | {row.utilisation}%, {row.tokens:,.0f} tokens/s | {tokens:,.0f} tokens/s | "
+            f"{off:+.1f} points | {memory:.1f} GiB | {spent:.0f} s |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
