@@ -30,4 +30,5 @@ def config() -> Config:
         # 2.55e-6 and 3.74e-6 were tried.
         policy_rate=2.55e-6,
         value_rate=5e-6,
+        grad_accumulation=2,
     )

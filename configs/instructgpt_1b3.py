@@ -48,6 +48,7 @@ def recipe(
     init: tuple[float, int],
     policy_rate: float,
     value_rate: float,
+    grad_accumulation: int,
 ) -> Config:
     """Every setting of the paper; learning rates and (SFT, init) batches differ by size."""
 
@@ -115,6 +116,7 @@ def recipe(
             episodes=256_000,
             batch_size=512,
             minibatch_size=64,
+            grad_accumulation=grad_accumulation,
             inner_epochs=1,
             policy_optimizer=ppo_rate(policy_rate),
             value_optimizer=ppo_rate(value_rate),
@@ -143,4 +145,5 @@ def config() -> Config:
         # The final value is not printed; without ptx every run above 8.05e-6 diverged.
         policy_rate=8.05e-6,
         value_rate=9e-6,
+        grad_accumulation=2,
     )

@@ -2,14 +2,15 @@
 
     instructax run --config configs/instructgpt_6b.py
 
-Planned for 32 v5p chips (`instructax plan --config configs/instructgpt_6b.py --topology v5p:2x4x4`, docs/plan.md), never run:
+Planned for 16 v5p chips, never run (docs/plan.md):
 
-- Largest program `ppo/update`: 57.4 of 95 GiB a chip, of which 49.8 are activations: attention stores its scores, so 16 chips
-  should be too few. On v6e not planned yet; try v6e:8x8.
-- PPO, an iteration of 512 episodes at full length: 199 s (prefill 1.9, decode 68.4, score 16.1, update 112); the update at
-  27.3% MFU, decoding at 7% of its bandwidth bound, since every token gathers the weights; 500 iterations: 27.6 hours.
+    JAX_PLATFORMS=cpu launch/local.sh --flags tpu -- plan --config configs/instructgpt_6b.py --topology v5p:2x2x4 --only ppo
+
+- Largest program `ppo/update`: 58.1 of 95 GiB a chip, each minibatch in two parts. On v6e not planned.
+- PPO, an iteration of 512 episodes at full length: 208 s (prefill 2, decode 71, score 14, update 120); the update at 51% MFU,
+  scoring at 56%, decoding at 14% of its bandwidth bound; 500 iterations: 28.8 hours.
 - 3.04 PF/s-days of the model's FLOPs.
-- SFT, reward model and evaluation: not planned yet.
+- SFT, reward model and evaluation: not planned.
 """
 
 import runpy
@@ -29,4 +30,5 @@ def config() -> Config:
         init=(1.04e-5, 32),
         policy_rate=8.05e-6,
         value_rate=9e-6,
+        grad_accumulation=2,
     )
