@@ -2,14 +2,18 @@
 
     instructax ppo --config configs/instructgpt_175b.py
 
-Planned for 256 v5p chips (`instructax plan --config configs/instructgpt_175b.py --topology v5p:4x8x8 --only ppo`, docs/plan.md), never run:
+Planned for 128 v5p chips, never run (docs/plan.md). PPO's batches fit its mesh, those of SFT and the RL init (8 demonstrations)
+do not, so the plan is asked for with others:
 
-- Largest program `ppo/update`: 74.5 of 95 GiB a chip, of which 60.3 are activations: attention stores its scores. The
-  largest v6e slice has as many chips, of 31.25 GiB each: too little. 128 v5p chips: not planned yet.
-- PPO, an iteration of 512 episodes at full length: 540 s (prefill 2.8, decode 331, score 11.8, update 194); the update at
-  44.8% MFU, decoding at 2% of its bandwidth bound, since every token gathers the weights; 500 iterations: 75 hours.
+    JAX_PLATFORMS=cpu launch/local.sh --flags tpu -- plan --config configs/instructgpt_175b.py --topology v5p:4x4x8 \\
+        --only ppo/update,ppo/score --sft.batch-size 32 --init.batch-size 32
+
+- Largest program `ppo/update`: 83.5 of 95 GiB a chip, each minibatch in two parts; scoring 39.4. Sampling was planned on 256
+  chips alone, with 41.2 GiB there.
+- PPO, an iteration of 512 episodes at full length: scoring 20.6 s at 65% MFU, update 470 s at 37%: 138 s of it wait for weights that
+  are gathered for each part of each minibatch.
 - 65.7 PF/s-days of the model's FLOPs; the paper gives 60 (section 5.1).
-- SFT and the RL init have batches of 8, so their mesh is another: `--mesh.model 32` on the same chips. Not planned yet.
+- SFT and the RL init have batches of 8, so their mesh is another: `--mesh.model 16` on the same chips. Not planned.
 """
 
 import runpy

@@ -2,14 +2,16 @@
 
     instructax run --config configs/instructgpt_1b3.py
 
-Planned for 16 v5p chips (`instructax plan --config configs/instructgpt_1b3.py --topology v5p:2x2x4`, docs/plan.md), never run:
+Planned for 8 v5p chips, never run (docs/plan.md):
 
-- Largest program `ppo/update`: 55.0 of 95 GiB a chip, of which 46.7 are activations: attention stores its scores. On 8
-  chips it would need 104.3 GiB. On v6e not planned yet; try v6e:4x8.
-- PPO, an iteration of 512 episodes at full length: 118 s (prefill .9, decode 31.2, score 15.8, update 70.4); the update at
-  25.1% MFU, decoding at 12% of its bandwidth bound, since every token gathers the weights; 500 iterations: 16.4 hours.
+    JAX_PLATFORMS=cpu launch/local.sh --flags tpu -- plan --config configs/instructgpt_1b3.py --topology v5p:2x2x2 --only ppo
+
+- Sampling 42.5, scoring 39.8 of 95 GiB a chip; the update in four parts and without the flags 34.6 (in two, as here, not planned).
+  On v6e not planned.
+- PPO, an iteration of 512 episodes at full length: decoding 46, scoring 15, update 83 s (in four parts, without the flags); the
+  update at 42% MFU, scoring at 65%.
 - 0.97 PF/s-days of the model's FLOPs.
-- SFT, reward model and evaluation: not planned yet.
+- SFT, reward model and evaluation: not planned.
 
 Where the paper is silent: reward rows of 2,048 slots (a prompt whose responses need more is left out and counted), bands of 256
 positions in every second layer, lambda .95, value clip .2, no whitening of rewards, no clip of gradients. Weights, tokenizer and data
