@@ -8,7 +8,7 @@ Planned for 8 v5p chips, never run (docs/plan.md):
 
 - Sampling 42.5, scoring 39.8 of 95 GiB a chip; the update in four parts and without the flags 34.6 (in two, as here, not planned).
   On v6e not planned.
-- PPO, an iteration of 512 episodes at full length: decoding 46, scoring 15, update 83 s (in four parts, without the flags); the
+- PPO, an iteration of 512 episodes at full length: sampling 50, scoring 15, update 83 s (in four parts, without the flags); the
   update at 42% MFU, scoring at 65%.
 - 0.97 PF/s-days of the model's FLOPs.
 - SFT, reward model and evaluation: not planned.

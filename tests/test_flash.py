@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from instructax.batches import Layout, padded_layout
-from instructax.config import MeshConfig, ModelConfig
+from instructax.config import MeshConfig
 from instructax.models import attention as attention_lib
 from instructax.models import flash
 from instructax.partitioning import platform
@@ -120,7 +120,7 @@ def test_pairs_are_those_of_blocks_with_something_to_see():
 COMPILED = """
 import jax, jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from instructax.config import MeshConfig, ModelConfig
+from instructax.config import MeshConfig
 from instructax.models import functional as model
 from instructax.batches import Layout
 from instructax.plan import hlo, topology
@@ -166,7 +166,3 @@ def test_layouts_of_whole_texts_promise_that_nothing_is_shared():
     mask = np.ones((2, 6), bool)
     layout = padded_layout(np.ones((2, 6), np.int32), mask)
     assert not layout.prefixed and not np.asarray(layout.prefix_BxL).any()
-    config = ModelConfig(
-        num_layers=1, d_model=8, num_heads=2, vocab_size=16, vocab_multiple=1, context_length=8
-    )
-    assert not flash.serves(layout, config.num_heads, config.kv_heads, config.head_width)

@@ -251,7 +251,7 @@ def test_scan_and_remat_change_nothing(name):
 
     grad = jax.jit(jax.grad(loss), static_argnums=1)
     wanted = grad(params, "none")
-    for remat in ("block", "wide"):
+    for remat in ("block", "wide", "offload"):
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), grad(params, remat), wanted
         )
