@@ -14,8 +14,9 @@ import tiny
 from instructax.batches import padded_layout
 from instructax.models import cache as cache_lib
 from instructax.models import functional as model
+from instructax.models import stored
 from instructax.models.attention import attention
-from instructax.models.stored import look, put, store
+from instructax.models.stored import heads_joined, like, look, put, store
 from instructax.steps.rollout import episode_layout, sample_responses
 
 BANDED = dataclasses.replace(
@@ -51,6 +52,33 @@ def test_looking_at_int8_is_attention_to_what_it_stands_for():
     meant = attention(q, *(x.data * x.scale[..., None] for x in (key, value)), mask)
     np.testing.assert_allclose(look(q, key, value, mask), meant, atol=1e-5)
     assert np.abs(meant - attention(q, k, v, mask)).max() < 0.05
+
+
+@pytest.mark.laws
+@pytest.mark.parametrize("dtype", [None, "int8"])
+@pytest.mark.parametrize("joined", [2, 4])
+def test_heads_side_by_side_are_the_same_look(dtype, joined):
+    keys = jax.random.split(jax.random.key(2), 4)
+    q = jax.random.normal(keys[0], (2, 3, 8, 5))
+    k, v, new = (
+        jax.random.normal(key, (2, 4, n, 5)) for key, n in zip(keys[1:], (6, 6, 1), strict=True)
+    )
+    mask = jnp.arange(6)[None, None] < jnp.asarray([4, 6])[:, None, None]
+
+    def looked(joined):
+        key, value = (store(x, dtype, joined) for x in (k, v))
+        assert key.data.shape == (2, 4 // joined, 6, 5 * joined)
+        key, value = (put(x, like(new, x), 0, 2) for x in (key, value))
+        return look(q, key, value, mask)
+
+    np.testing.assert_allclose(looked(joined), looked(1), atol=1e-6)
+
+
+def test_heads_are_joined_where_a_matrix_unit_would_be_idle(monkeypatch):
+    assert heads_joined(32, 1) == 1
+    monkeypatch.setattr(stored, "platform", lambda: "tpu")
+    found = [heads_joined(*of) for of in ((32, 1), (12, 1), (25, 1), (8, 4), (8, 8), (8, 16))]
+    assert found == [8, 4, 1, 2, 1, 1]
 
 
 def test_put_writes_rows_and_slots_scales_too():

@@ -327,6 +327,37 @@ ENTRY %main (q: bf16[2,4,1024,128], k: bf16[2,4,1024,128]) -> bf16[2,4,1024,128]
 """
 
 
+CACHE = """\
+HloModule jit_decode, is_scheduled=true
+
+%look (p0: bf16[1024,128], p1: bf16[1,128], p2: s32[]) -> (f32[1024,1], bf16[1024,128]) {
+  %p0 = bf16[1024,128]{1,0} parameter(0)
+  %p1 = bf16[1,128]{1,0} parameter(1)
+  %p2 = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %put = bf16[1024,128]{1,0} dynamic-update-slice(%p0, %p1, %p2, %zero)
+  %score = f32[1024,1]{1,0} convolution(%put, %p1), dim_labels=bf_oi->bf
+  ROOT %both = (f32[1024,1]{1,0}, bf16[1024,128]{1,0}) tuple(%score, %put)
+}
+
+ENTRY %main (c: bf16[1024,128], q: bf16[1,128], i: s32[]) -> (f32[1024,1], bf16[1024,128]) {
+  %c = bf16[1024,128]{1,0} parameter(0)
+  %q = bf16[1,128]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %looked = (f32[1024,1]{1,0}, bf16[1024,128]{1,0}) fusion(%c, %q, %i), kind=kOutput, calls=%look
+}
+"""
+
+
+def test_a_cache_that_is_written_in_place_is_read_where_it_is_looked_at():
+    row, scores = 128 * 2, 1024 * 4
+    looked = timing.analyse(CACHE, CHIPS["v5p"], [(0, 0, 0)]).hbm_bytes
+    assert looked == pytest.approx(1024 * row + 2 * row + scores, rel=0.001)
+    alone = CACHE.replace("convolution(%put, %p1)", "convolution(%p1, %p1)")
+    put = timing.analyse(alone, CHIPS["v5p"], [(0, 0, 0)]).hbm_bytes
+    assert put == pytest.approx(2 * row + scores, abs=8)
+
+
 def test_a_slice_inside_a_fusion_of_a_fusion_is_read_alone():
     """As TPU compilers take a layer out of a stack: two computations down."""
     nested = TPU.replace(

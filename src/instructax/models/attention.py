@@ -55,21 +55,34 @@ def heads_first(x_BxSxGxC: Array) -> Array:
     return jnp.swapaxes(x_BxSxGxC, 1, 2)
 
 
-def attention(q_BxLxHxC: Array, k_BxGxSxC: Array, v_BxGxSxC: Array, mask_BxLxS: Array) -> Array:
-    """softmax(q k^T / sqrt(C)) v where the mask allows, 0 for a query that sees nothing.
+def attention(
+    q_BxLxHxC: Array,
+    k_BxGxSxC: Array,
+    v_BxGxSxC: Array,
+    mask_BxLxS: Array,
+    width: int | None = None,
+    key_scale_BxHxS: Array | None = None,
+    value_scale_BxHxS: Array | None = None,
+) -> Array:
+    """softmax(q k^T / sqrt(width)) v where the mask allows, 0 for a query that sees nothing.
 
-    Heads share keys and values in groups of H / G. Scores and softmax are float32.
+    Heads share keys and values in groups of H / G. Scores and softmax are float32. ``width`` is C unless
+    given; the scales are factors of keys and values that are not spelt out.
     """
-    rows, length, heads, width = q_BxLxHxC.shape
+    rows, length, heads, across = q_BxLxHxC.shape
     groups = k_BxGxSxC.shape[1]
-    q = q_BxLxHxC.reshape(rows, length, groups, heads // groups, width)
-    score = jnp.einsum("blgrc,bgsc->bgrls", q, k_BxGxSxC, preferred_element_type=jnp.float32) * (
-        width**-0.5
-    )
+    shape = (rows, groups, heads // groups)
+    q = q_BxLxHxC.reshape(rows, length, *shape[1:], across)
+    score = jnp.einsum("blgrc,bgsc->bgrls", q, k_BxGxSxC, preferred_element_type=jnp.float32)
+    score = score * (across if width is None else width) ** -0.5
+    if key_scale_BxHxS is not None:
+        score = score * key_scale_BxHxS.reshape(*shape, 1, -1)
     mask = mask_BxLxS[:, None, None]
     weight = jax.nn.softmax(jnp.where(mask, score, jnp.finfo(jnp.float32).min), axis=-1)
+    if value_scale_BxHxS is not None:
+        weight = weight * value_scale_BxHxS.reshape(*shape, 1, -1)
     out = jnp.einsum("bgrls,bgsc->blgrc", weight.astype(v_BxGxSxC.dtype), v_BxGxSxC)
-    out = out.reshape(rows, length, heads, width)
+    out = out.reshape(rows, length, heads, across)
     # A query with an empty mask got uniform weights: 0 instead, so that padding cannot leak.
     return jnp.where(mask_BxLxS.any(axis=-1)[:, :, None, None], out, 0.0)
 

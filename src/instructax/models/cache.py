@@ -15,7 +15,7 @@ from instructax.batches import Layout, padded_layout, pytree
 from instructax.config import ModelConfig
 from instructax.models.attention import attending, heads_first
 from instructax.models.layers import Block
-from instructax.models.stored import Stored, like, look, put, store
+from instructax.models.stored import Stored, heads_joined, like, look, put, store
 from instructax.models.transformer import embed, finish
 from instructax.partitioning import constrain_decoding
 
@@ -32,8 +32,8 @@ class Cache:
     row must have ended when the ring comes round to its first token.
     """
 
-    key: tuple[Stored, ...]  # one per layer, BxGxSxC
-    value: tuple[Stored, ...]  # one per layer, BxGxSxC
+    key: tuple[Stored, ...]  # one per layer
+    value: tuple[Stored, ...]  # one per layer
     position_BxS: Array  # int32, -1 where there is nothing for this row to see
     next_B: Array  # int32, the position of the next token
     slot: Array  # int32 scalar, where it is written
@@ -76,17 +76,20 @@ def _read(copy: Params, config: ModelConfig, layout: Layout) -> tuple[Array, lis
     return x, keys, values
 
 
-def _cache(keys: list, values: list, mask_BxP: Array, slots: int, dtype: str | None) -> Cache:
+def _cache(
+    config: ModelConfig, keys: list, values: list, mask_BxP: Array, slots: int, dtype: str | None
+) -> Cache:
     """A cache of ``slots`` slots that begins with these prompts."""
     length = mask_BxP.shape[1]
     if slots < length:
         raise ValueError(f"slots is {slots}, but the prompts take {length}")
     pad = ((0, 0), (0, 0), (0, slots - length), (0, 0))
+    joined = heads_joined(config.kv_heads, config.num_heads // config.kv_heads)
     count_BxP = jnp.cumsum(mask_BxP.astype(jnp.int32), axis=1)
     position_BxP = jnp.where(mask_BxP, count_BxP - 1, -1)
     return Cache(
-        key=tuple(store(jnp.pad(key, pad), dtype) for key in keys),
-        value=tuple(store(jnp.pad(value, pad), dtype) for value in values),
+        key=tuple(store(jnp.pad(key, pad), dtype, joined) for key in keys),
+        value=tuple(store(jnp.pad(value, pad), dtype, joined) for value in values),
         position_BxS=jnp.pad(position_BxP, ((0, 0), (0, slots - length)), constant_values=-1),
         next_B=count_BxP[:, -1],
         slot=jnp.asarray(length, jnp.int32),
@@ -104,7 +107,7 @@ def prefill(
 ) -> tuple[Array, Cache]:
     """Read left-padded prompts. Returns (hidden_BxD of the last token, cache with ``slots`` slots)."""
     x, keys, values = _read(copy, config, padded_layout(token_BxP, mask_BxP))
-    cache = _cache(keys, values, mask_BxP, slots, dtype)
+    cache = _cache(config, keys, values, mask_BxP, slots, dtype)
     return finish(copy, config, x[:, -1:])[:, 0], cache
 
 
@@ -142,7 +145,8 @@ def prefill_packed(
         y_RxLxF = heads_first(y_RxGxLxC).reshape(*layout.token_BxL.shape, groups * width)
         return heads_first(gather(y_RxLxF, index_BxP).reshape(*index_BxP.shape, groups, width))
 
-    cache = _cache([home(k) for k in keys], [home(v) for v in values], mask_BxP, slots, dtype)
+    keys, values = [home(k) for k in keys], [home(v) for v in values]
+    cache = _cache(config, keys, values, mask_BxP, slots, dtype)
     return finish(copy, config, gather(x, index_BxP[:, -1:]))[:, 0], cache
 
 
@@ -154,7 +158,8 @@ def empty(
         (rows, config.kv_heads, prompt_slots, config.head_width), config.compute_dtype
     )
     layers = [nothing] * config.num_layers
-    return _cache(layers, layers, jnp.zeros((rows, prompt_slots), bool), slots, dtype)
+    nobody = jnp.zeros((rows, prompt_slots), bool)
+    return _cache(config, layers, layers, nobody, slots, dtype)
 
 
 def repeat_rows(cache: Cache, copies: int) -> Cache:

@@ -63,7 +63,9 @@ def _read_of_parameter(fused: Computation, index: int, whole: float, module: Mod
         elif instruction.opcode in _READS and instruction.operands[0] in names:
             total += sum(s.nbytes for s in instruction.shapes)
         elif instruction.opcode == "dynamic-update-slice" and instruction.operands[0] in names:
-            continue  # updated in place
+            names.add(instruction.name)  # updated in place; what reads the result reads the rest
+        elif instruction.opcode == "tuple":
+            continue
         elif instruction.opcode == "fusion":
             inner = module.computations[instruction.attribute("calls") or ""]
             for position, name in enumerate(instruction.operands):
