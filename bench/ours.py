@@ -193,7 +193,9 @@ def _ppo(case: Case, lay) -> Callable[[], Any]:
     )
     state = jax.jit(fresh, out_shardings=placed)(reference, reward)
     scale = {"gain": 1.0, "bias": 0.0}
-    iterate = iteration.programs(run, reference, reward, scale, optimizer, optimizer, placed)
+    iterate = iteration.programs(
+        run, lambda: (reference, reward), scale, optimizer, optimizer, placed
+    )
     # Pretraining text is not read at gamma = 0: one row of two tokens an update stands in for it.
     shape = (case.work.epochs, 1, 2)
     none = padded_layout(np.zeros(shape[1:], np.int32), np.zeros(shape[1:], bool))

@@ -205,10 +205,12 @@ class Ppo:
         policy = jax.jit(lambda p: jax.tree.map(lambda x: x * 1.1, p))(self._reference)
         born = jax.jit(fresh, out_shardings=shardings)
         self._start = functools.partial(born, policy, reward)
+        frozen = (self._reference, reward)
+        # On one device they lie there, on several in the host's memory: it must make no difference.
+        parked = mesh.parked(frozen) if run.mesh.size > 1 else lambda: frozen
         self._iterate = iteration.programs(
-            run, self._reference, reward, {"gain": 1.3, "bias": -0.2}, optimizer, optimizer,
-            shardings,
-        )  # fmt: skip
+            run, parked, {"gain": 1.3, "bias": -0.2}, optimizer, optimizer, shardings
+        )
 
     def iteration(self, state: PpoState, i: int) -> tuple[PpoState, dict[str, Any]]:
         lengths = [1 + (5 * b + i) % PROMPT for b in range(EPISODES)]

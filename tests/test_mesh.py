@@ -65,6 +65,32 @@ def test_init_sharded_equals_init():
     )
 
 
+def test_what_is_parked_comes_back_to_where_it_was():
+    made = mesh.make_mesh(MeshConfig(), jax.devices()[:1])
+    tree = mesh.init_sharded(made, init, jax.random.key(0)).params
+    kept = jax.tree.map(np.asarray, tree)
+    placed = jax.tree.map(lambda x: x.sharding, tree)
+    back = mesh.parked(tree)
+    jax.tree.map(lambda x: x.delete(), tree)
+    for _ in range(2):
+        found = back()
+        assert jax.tree.map(lambda x: x.sharding, found) == placed
+        assert jax.tree.all(jax.tree.map(np.array_equal, found, kept))
+        jax.tree.map(lambda x: x.delete(), found)
+
+
+def test_a_platform_without_pinned_memory_is_named():
+    class Nowhere:
+        def with_memory_kind(self, kind):
+            raise ValueError(kind)
+
+    class Placed:
+        sharding = Nowhere()
+
+    with pytest.raises(UserError, match="frozen_memory = host: cpu devices have no pinned"):
+        mesh.parked([Placed()])
+
+
 def run_python(code: str, *arguments: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code), *arguments],

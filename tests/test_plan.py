@@ -475,6 +475,13 @@ def test_bytes_of_states_are_those_counted_by_hand():
     assert sample.held["frozen"] == update.held["frozen"]
 
 
+def test_frozen_models_in_the_hosts_memory_are_on_a_chip_for_scoring_alone():
+    hosted = by_name(dataclasses.replace(TINY, ppo=dataclasses.replace(TINY.ppo, frozen_memory="host")))
+    plain = by_name(TINY)
+    assert "frozen" not in hosted["ppo/sample"].held and "frozen" not in hosted["ppo/update"].held
+    assert hosted["ppo/score"].passed["frozen"] == plain["ppo/score"].passed["frozen"] > 0
+
+
 def test_arms_of_the_same_programs_are_planned_once():
     names = list(by_name(TINY))
     assert len(names) == len(set(names))

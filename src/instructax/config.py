@@ -466,6 +466,9 @@ class PpoConfig:
     What it costs in exactness is logged as val/sampler_gap_mean and _max."""
     stop_texts: tuple[str, ...] = ()
     """Single tokens besides EOS that end a response."""
+    frozen_memory: Literal["device", "host"] = "device"
+    """Where the parameters of the reference and of the reward model lie between uses. host: in the memory of the hosts, pinned; they
+    are copied to the devices for scoring and dropped after it."""
     init_from: str = ""
     """Policy and KL reference; empty means the run's RL init."""
     reward_from: str = ""

@@ -43,7 +43,9 @@ class Reinforcement(Shapes):
             "ema": shard_bytes(state.ema),
         }
         frozen = {"frozen": shard_bytes((reference, reward))}
-        everything = state_bytes | frozen
+        # What lies on a chip between uses.
+        staying = frozen if c.frozen_memory == "device" else {}
+        everything = state_bytes | staying
 
         def beside(passed: dict[str, float]) -> dict[str, float]:
             return {kind: size - passed.get(kind, 0.0) for kind, size in everything.items()}
@@ -120,7 +122,7 @@ class Reinforcement(Shapes):
             jax.jit(update, donate_argnums=0, out_shardings=(shardings(state), None)),
             (state, rollout, text, scalar, self.sources(updates, c.minibatch_size, width)),
             passed=state_bytes,
-            held=frozen,
+            held=staying,
             model_flops=flops,
             iterations=c.episodes // c.batch_size,
         )

@@ -25,14 +25,17 @@ Params = Any
 
 def programs(
     run: Run,
-    reference: Params,
-    reward: Params,
+    frozen: Callable[[], tuple[Params, Params]],
     scale: Mapping[str, float],
     policy_optimizer,
     value_optimizer,
     shardings: PpoState,
 ) -> Callable[..., tuple[PpoState, dict[str, Any]]]:
-    """(state, i, prompts, text) -> (state, metrics): an iteration's three programs in order."""
+    """(state, i, prompts, text) -> (state, metrics): an iteration's three programs in order.
+
+    Args:
+      frozen: gives (reference, reward model); what it gives is kept for scoring and no longer.
+    """
     c, config = run.config.ppo, run.config
     whole = NamedSharding(run.mesh, PartitionSpec())
 
@@ -95,6 +98,7 @@ def programs(
         length_B = np.asarray(length)  # rows are planned on the host
         sampled = time.perf_counter()
         everyone = np.arange(c.batch_size, dtype=np.int32)[None]
+        reference, reward = frozen()
         rollout, metrics, _ = score(
             policy,
             reference,
@@ -109,6 +113,7 @@ def programs(
             reward_gain=scale["gain"],
             reward_bias=scale["bias"],
         )
+        del reference, reward
         order_UxM = np.asarray(order(jax.random.fold_in(order_key, i)))
         source_UxRxL = rows(
             order_UxM, prompt_batch.mask_BxP, length_B, shards=shards * c.grad_accumulation

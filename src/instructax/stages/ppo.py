@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from instructax.batches import LmBatch
-from instructax.config import Config, UserError
+from instructax.config import Config, PpoConfig, UserError
 from instructax.data import pretraining, prompts
 from instructax.data.pipeline import derive_seed, prefetch
 from instructax.records import prompt_text
@@ -85,10 +85,10 @@ def _train(run: Run, arm: str) -> None:
         else:
             state = jax.jit(fresh, out_shardings=shardings)(reference, reward)
 
-        iterate = programs(
-            run, reference, reward, scale, policy_optimizer, value_optimizer, shardings
-        )
-        watch = _watcher(run, folder, reference, reward)
+        frozen = _frozen(c, (reference, reward))
+        del reference, reward
+        iterate = programs(run, frozen, scale, policy_optimizer, value_optimizer, shardings)
+        watch = _watcher(run, folder, frozen)
         ahead = prefetch(_host_batches(run, updates), done, iterations)
 
         def one(i: int) -> Mapping[str, Any]:
@@ -126,6 +126,11 @@ def _train(run: Run, arm: str) -> None:
                 )
         finally:
             ahead.close()
+
+
+def _frozen(c: PpoConfig, models: tuple[Params, Params]) -> Callable[[], tuple[Params, Params]]:
+    """(reference, reward model) where and when they are wanted."""
+    return mesh.parked(models) if c.frozen_memory == "host" else lambda: models
 
 
 def _items(state: PpoState) -> dict[str, Any]:
@@ -205,7 +210,7 @@ def _reward_scale(run: Run, folder, reference: Params, reward: Params) -> dict[s
     return scale
 
 
-def _watcher(run: Run, folder, reference: Params, reward: Params):
+def _watcher(run: Run, folder, frozen: Callable[[], tuple[Params, Params]]):
     """(step, state) -> metrics: responses to the same validation prompts, and the pretraining loss."""
     c = run.config.ppo
     records = list(data.records(run.config, "prompts_validation"))[: c.log_prompts]
@@ -218,6 +223,7 @@ def _watcher(run: Run, folder, reference: Params, reward: Params):
 
     def watch(step: int, state: PpoState) -> dict[str, float]:
         params = state.policy.params
+        reference, reward = frozen()
         samples = sampler.sample(params, key, reward=reward, reference=reference)
         append_samples(
             folder,
