@@ -23,7 +23,7 @@ from instructax.batches import (
     scored_slots,
 )
 from instructax.config import Config, ModelConfig, OptimizerConfig, PpoConfig
-from instructax.data.comparisons import layout_rows
+from instructax.data.comparisons import family_sizes, layout_rows
 from instructax.models import functional as model
 from instructax.runtime import mesh
 from instructax.stages import iteration
@@ -87,13 +87,22 @@ def comparison_batch(case: Case) -> ComparisonBatch:
         last_NxK = np.full(rank_NxK.shape, token_BxL.shape[1] - 1, np.int32)
         return ComparisonBatch(layout, row_NxK, last_NxK, rank_NxK, valid_NxK)
     work = case.work
+    length = work.prompt + work.ways * work.response
     layout, row_NxK, last_NxK, valid_NxK = layout_rows(
         list(prompt_NxP),
         [list(response_KxT) for response_KxT in response_NxKxT],
         rows=work.rows,
-        row_length=work.prompt + work.ways * work.response,
+        row_length=length,
         pad_id=0,
         max_responses=work.ways,
+        families=family_sizes(
+            [work.prompt],
+            [work.response],
+            ways=work.ways,
+            most_in_row=1,
+            scores=model.row_scores(length),
+            tile=model.family_tile(),
+        ),
     )
     return ComparisonBatch(layout, row_NxK, last_NxK, rank_NxK, valid_NxK)
 

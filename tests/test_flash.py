@@ -115,6 +115,10 @@ def test_pairs_are_those_of_blocks_with_something_to_see():
     assert flash.pairs(384, 128) == 5 * 128**2 and flash.pairs(384, 1) == 3 * 128**2
     # The first query of a block sees with a band of 2 the last key of the block before.
     assert flash.pairs(384, 2) == 5 * 128**2 and flash.pairs(384, 130) == 6 * 128**2
+    # 128 queries behind 256 keys and their own see all three blocks; 256 of them see two and three.
+    assert (
+        flash.pairs(128, None, 384) == 3 * 128**2 and flash.pairs(256, None, 384) == 3 * 256 * 128
+    )
 
 
 COMPILED = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -476,7 +477,9 @@ def test_bytes_of_states_are_those_counted_by_hand():
 
 
 def test_frozen_models_in_the_hosts_memory_are_on_a_chip_for_scoring_alone():
-    hosted = by_name(dataclasses.replace(TINY, ppo=dataclasses.replace(TINY.ppo, frozen_memory="host")))
+    hosted = by_name(
+        dataclasses.replace(TINY, ppo=dataclasses.replace(TINY.ppo, frozen_memory="host"))
+    )
     plain = by_name(TINY)
     assert "frozen" not in hosted["ppo/sample"].held and "frozen" not in hosted["ppo/update"].held
     assert hosted["ppo/score"].passed["frozen"] == plain["ppo/score"].passed["frozen"] > 0

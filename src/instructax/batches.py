@@ -41,6 +41,25 @@ def pytree(cls):
 
 
 @pytree
+class Families:
+    """Where the prompts of a row and their responses lie; -1 is none.
+
+    A prompt is a segment without a prefix, right-aligned here; a response is a segment with that prefix,
+    left-aligned. Every real slot of the row is in exactly one place.
+    """
+
+    prompt_BxNxP: Array  # int32, slots of the row
+    response_BxNxKxT: Array  # int32, slots of the row
+
+    @property
+    def pairs(self) -> int:
+        """Scores of a row: prompts see themselves, responses their prompt and themselves."""
+        _, prompts, width = self.prompt_BxNxP.shape
+        _, _, ways, length = self.response_BxNxKxT.shape
+        return prompts * (width * width + ways * length * (width + length))
+
+
+@pytree
 class Layout:
     """Which token sits where and what it may see; the one form in which a model reads text.
 
@@ -55,6 +74,7 @@ class Layout:
     segment_BxL: Array  # int32
     prefix_BxL: Array  # int32
     prefixed: bool = True  # static; False promises that prefix_BxL is 0 throughout
+    families: Families | None = None  # where it helps to know them; they say what the rest says
 
 
 @pytree
@@ -153,6 +173,9 @@ def check_layout(layout: Layout) -> None:
     for name, array in arrays.items():
         shapes.int_array(name, array, 2)
     shapes.same_shape(**arrays)
+    if layout.families is not None:
+        shapes.int_array("layout.families.prompt_BxNxP", layout.families.prompt_BxNxP, 3)
+        shapes.int_array("layout.families.response_BxNxKxT", layout.families.response_BxNxKxT, 4)
 
 
 # Widths of scored slots to choose from: another width is another program, so they are few.

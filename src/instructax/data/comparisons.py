@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from instructax.batches import ComparisonBatch, Layout, first_fit
+from instructax.batches import ComparisonBatch, Families, Layout, first_fit
 from instructax.config import UserError
 from instructax.data.pipeline import PlannedUnits, Stream, Unit, derive_seed
 from instructax.data.templates import ChatTemplate, encode_prompt, encode_response
@@ -111,6 +111,42 @@ def tokenise(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class FamilySizes:
+    """Room for the prompts of a row and their responses, where it pays to attend family by family."""
+
+    prompts: int
+    """N, of a row."""
+    prompt: int
+    """P, slots of the longest prompt."""
+    response: int
+    """T, slots of the longest response."""
+
+    def empty(self, rows: int, ways: int) -> Families:
+        return Families(
+            np.full((rows, self.prompts, self.prompt), -1, np.int32),
+            np.full((rows, self.prompts, ways, self.response), -1, np.int32),
+        )
+
+
+def family_sizes(
+    prompt_n: Sequence[int],
+    response_n: Sequence[int],
+    *,
+    ways: int,
+    most_in_row: int,
+    scores: int,
+    tile: int = 8,
+) -> FamilySizes | None:
+    """Sizes for prompts and responses of these lengths, multiples of ``tile``.
+
+    None where families have more scores than ``scores``, what a row costs without them.
+    """
+    prompt, response = (-(-max(n) // tile) * tile for n in (prompt_n, response_n))
+    sizes = FamilySizes(most_in_row, prompt, response)
+    return sizes if sizes.empty(1, ways).pairs < scores else None
+
+
 def layout_rows(
     prompts: Sequence[np.ndarray],
     responses: Sequence[Sequence[np.ndarray]],
@@ -121,6 +157,7 @@ def layout_rows(
     max_responses: int,
     num_prompts: int | None = None,
     one_per_row: bool = False,
+    families: FamilySizes | None = None,
 ) -> tuple[Layout, np.ndarray, np.ndarray, np.ndarray]:
     """Prompts with their responses laid out in rows, several prompts to a row where they fit.
 
@@ -128,7 +165,8 @@ def layout_rows(
     positions that continue from the prompt's length. Prompts are placed first-fit, in order, or one
     to a row. Returns the Layout (rows x row_length) and row, last and valid, each N x K with
     N = ``num_prompts`` (default: as many as given) and K = ``max_responses``: row and slot of a
-    response's last token, and whether there is such a response. ValueError where they do not fit.
+    response's last token, and whether there is such a response. ``families`` has them listed in the
+    layout. ValueError where they do not fit.
     """
     num = len(prompts) if num_prompts is None else num_prompts
     if len(prompts) > num:
@@ -142,18 +180,23 @@ def layout_rows(
     position_BxL, segment_BxL, prefix_BxL = (np.zeros(shape, np.int32) for _ in range(3))
     row_NxK, last_NxK = (np.zeros((num, max_responses), np.int32) for _ in range(2))
     valid_NxK = np.zeros((num, max_responses), bool)
+    listed = None if families is None else families.empty(rows, max_responses)
     for row, members in enumerate(placed):
         start, segment = 0, 0
-        for n in members:
+        for place, n in enumerate(members):
             length = len(prompts[n])
             segment += 1
             prompt_segment = segment
             token_BxL[row, start : start + length] = prompts[n]
             position_BxL[row, start : start + length] = np.arange(length)
             segment_BxL[row, start : start + length] = segment
+            if listed is not None:
+                listed.prompt_BxNxP[row, place, -length:] = np.arange(start, start + length)
             start += length
             for k, response in enumerate(responses[n]):
                 stop = start + len(response)
+                if listed is not None:
+                    listed.response_BxNxKxT[row, place, k, : len(response)] = np.arange(start, stop)
                 segment += 1
                 token_BxL[row, start:stop] = response
                 position_BxL[row, start:stop] = length + np.arange(len(response))
@@ -162,7 +205,7 @@ def layout_rows(
                 row_NxK[n, k], last_NxK[n, k], valid_NxK[n, k] = row, stop - 1, True
                 start = stop
     return (
-        Layout(token_BxL, position_BxL, segment_BxL, prefix_BxL),
+        Layout(token_BxL, position_BxL, segment_BxL, prefix_BxL, families=listed),
         row_NxK,
         last_NxK,
         valid_NxK,
@@ -178,6 +221,8 @@ def stream(
     seed: int,
     rows: int | None = None,
     row_multiple: int = 1,
+    row_scores: int | None = None,
+    tile: int = 8,
     shuffle: bool = True,
 ) -> Stream[ComparisonBatch]:
     """Batches of ``batch_size`` prompts with all their responses, K padded to ``max_responses``.
@@ -186,7 +231,8 @@ def stream(
     rows; a batch is then as many prompts, at most ``batch_size``, as fit. An epoch ends with its own
     batch, partly empty where it must be: in one epoch every comparison is seen once, as the paper
     trains. A unit of this stream is a batch. ``row_multiple`` adds empty rows up to a multiple, as a
-    mesh may need them; which prompts a batch holds does not depend on it.
+    mesh may need them; which prompts a batch holds does not depend on it. Families are listed where they
+    have fewer scores than ``row_scores``, a row's without them (default: its triangle).
     """
     slots_n = examples.slots_n
     if slots_n.max() > row_length:
@@ -201,6 +247,15 @@ def stream(
         )
     if rows is not None and rows < 1:
         raise UserError(f"rows is {rows}; a batch needs at least one row")
+
+    families = family_sizes(
+        list(map(len, examples.prompts)),
+        [max(map(len, responses)) for responses in examples.responses],
+        ways=max_responses,
+        most_in_row=1 if rows is None else row_length // int(slots_n.min()),
+        scores=row_length**2 // 2 if row_scores is None else row_scores,
+        tile=tile,
+    )
 
     def plan(order: Sequence[int]) -> list[Unit]:
         batches: list[Unit] = []
@@ -226,6 +281,7 @@ def stream(
             max_responses=max_responses,
             num_prompts=batch_size,
             one_per_row=rows is None,
+            families=families,
         )
         rank_NxK = np.zeros((batch_size, max_responses), np.int32)
         for n, i in enumerate(members):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from instructax.batches import Layout
 from instructax.config import ModelConfig
+from instructax.models.families import family_attention
 from instructax.models.flash import flash_attention, serves
 from instructax.partitioning import parts
 
@@ -43,7 +44,10 @@ def visible(layout: Layout, band_width: int | None = None) -> Array:
 def attending(
     layout: Layout, config: ModelConfig, band_width: int | None
 ) -> Callable[[Array, Array, Array], Array]:
-    """(q_BxLxHxC, k_BxLxGxC, v_BxLxGxC) -> out_BxLxHxC under :func:`visible`, by the platform's kernel if it has one."""
+    """(q_BxLxHxC, k_BxLxGxC, v_BxLxGxC) -> out_BxLxHxC under :func:`visible`, by the cheapest way there is."""
+    if layout.families is not None:
+        families = layout.families
+        return lambda q, k, v: family_attention(q, k, v, families, band_width)
     if serves(layout, config.num_heads, config.kv_heads, config.head_width):
         return lambda q, k, v: flash_attention(q, k, v, layout.segment_BxL, band_width)
     mask = visible(layout, band_width)

@@ -19,6 +19,8 @@ from instructax.models import cache as cache_lib
 from instructax.models import transformer
 from instructax.models.cache import Cache, admit, repeat_rows, rollout_copy
 from instructax.models.cache import empty as empty_cache
+from instructax.models.families import row_scores
+from instructax.models.families import tile as family_tile
 from instructax.partitioning import constrain, parts
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "admit",
     "decode",
     "empty_cache",
+    "family_tile",
     "init",
     "num_parameters",
     "prefill",
@@ -33,6 +36,7 @@ __all__ = [
     "repeat_rows",
     "replace_head",
     "rollout_copy",
+    "row_scores",
     "scalars",
     "shift_scalars",
     "token_logprobs",

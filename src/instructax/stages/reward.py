@@ -136,6 +136,8 @@ def _stream(run: Run, name: str, *, seed: int):
         max_responses=c.max_responses,
         rows=_rows(run, examples, c.batch_size) if c.packed else None,
         row_multiple=_row_multiple(run),
+        row_scores=model.row_scores(c.row_length),
+        tile=model.family_tile(),
         seed=seed,
     )
 
