@@ -29,7 +29,16 @@ from instructax.config import (
     UserError,
     replace,
 )
-from instructax.plan import chips, compiling, memory, model_flops, programs, timing, topology
+from instructax.plan import (
+    chips,
+    compiling,
+    least_moves,
+    memory,
+    model_flops,
+    programs,
+    timing,
+    topology,
+)
 from instructax.plan.chips import CHIPS, GIB
 from instructax.runtime.mesh import make_mesh
 
@@ -449,6 +458,24 @@ def test_model_flops_are_six_a_parameter_and_token_and_the_attention():
     assert attention == 12 * 96 * 12288 * 2048
     scalar = model_flops.train(m, 1.0, 0.0, scalar=True)
     assert counted - scalar == 6 * 12288 * 50257
+
+
+def test_least_moves_by_hand():
+    m = ModelConfig(num_layers=2, d_model=8, num_heads=2, vocab_size=10, compute_dtype="bfloat16")
+    n, words = 2 * 12 * 8**2, m.padded_vocab_size * 8
+
+    def mesh(data, fsdp, model):
+        return {"data": data, "fsdp": fsdp, "model": model}
+
+    assert least_moves.train(m, 100.0, mesh(1, 1, 1)) == 0.0
+    assert least_moves.train(m, 100.0, mesh(1, 4, 1)) == 3 * 3 / 4 * 2 * (n + words)
+    # Parts of a batch share out the weights anew; rows are divided already.
+    assert least_moves.train(m, 1.0, mesh(1, 4, 1), 5) == 5 * 3 * 3 / 4 * 2 * (n + words)
+    assert least_moves.forward(m, 1.0, mesh(1, 4, 1), scalar=True) == 3 / 4 * 2 * n
+    assert least_moves.train(m, 1.0, mesh(2, 1, 1)) == 2 * 1 / 2 * 4 * (n + words)
+    stream = 2 * (100 / 2) * 8 * 2
+    whole = least_moves.train(m, 100.0, mesh(1, 2, 4))
+    assert whole == 8 * 3 / 4 * stream + 3 * 1 / 2 * 2 * (n + words) / 4
 
 
 def by_name(config: Config, only=()):

@@ -71,6 +71,12 @@ class Instruction:
         return match[1] if match else None
 
     @property
+    def chain(self) -> str:
+        """What the pieces of one collective have in common; empty where it is in one piece."""
+        match = re.search(r'chain_id="(\d+)"', self.attributes)
+        return match[1] if match else ""
+
+    @property
     def op_name(self) -> str:
         match = re.search(r'op_name="([^"]*)"', self.attributes)
         return match[1] if match else ""

@@ -34,6 +34,8 @@ class Program:
     """Bytes a chip of its temporaries that have a name."""
     model_flops: float = 0.0
     """Of the whole program, over all chips."""
+    least_moved: float = 0.0
+    """Bytes that a chip cannot but send; 0 where nothing is said."""
     unknown_trips: int = 1
     """Turns of the loop whose number only the data knows."""
     bandwidth_bound: float = 0.0

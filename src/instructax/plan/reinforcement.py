@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from instructax.batches import Layout, LmBatch, Rollout
 from instructax.config import ModelConfig, replace
 from instructax.models import functional as model
-from instructax.plan import model_flops
+from instructax.plan import least_moves, model_flops
 from instructax.plan.memory import shard_bytes
 from instructax.plan.program import Program, Shapes, shardings
 from instructax.runtime import mesh as mesh_lib
@@ -75,6 +75,8 @@ class Reinforcement(Shapes):
             held=beside(passed),
             model_flops=2 * model_flops.forward(m, tokens, width)
             + 2 * model_flops.forward(r, tokens, width, unembedded=0.0),
+            least_moved=2 * least_moves.forward(m, tokens, self.mesh.shape)
+            + 2 * least_moves.forward(r, tokens, self.mesh.shape, scalar=True),
         )
 
         with jax.set_mesh(self.mesh):
@@ -113,8 +115,13 @@ class Reinforcement(Shapes):
         of_policy = model_flops.forward if c.rl_coef == 0.0 else model_flops.train
         flops = of_policy(m, trained, width)
         flops += model_flops.train(r, trained, width, scalar=True)
+        moves = functools.partial(
+            least_moves.train, mesh=self.mesh.shape, parts=updates * c.grad_accumulation
+        )
+        moved = (0.0 if c.rl_coef == 0.0 else moves(m, trained)) + moves(r, trained, scalar=True)
         if c.ptx_coef != 0.0:
             flops += model_flops.train(m, read, c.ptx_row_length)
+            moved += moves(m, read)
         elif c.ptx_at_zero == "measure":
             flops += model_flops.forward(m, read, c.ptx_row_length)
         yield Program(
@@ -124,6 +131,7 @@ class Reinforcement(Shapes):
             passed=state_bytes,
             held=staying,
             model_flops=flops,
+            least_moved=moved,
             iterations=c.episodes // c.batch_size,
         )
 

@@ -68,6 +68,9 @@ def _work(planned: Planned, cost: Cost, target: Target) -> list[str]:
                 f"  moves   {kind}: {traffic.wire / 1e9:.2f} GB sent a chip in "
                 f"{traffic.count:.0f}, {clock(traffic.seconds)}, exposed {clock(traffic.exposed)}"
             )
+    least, sent = planned.program.least_moved, cost.wire
+    if least:
+        lines.append(f"  moves   all: {sent / 1e9:.2f} GB, {sent / least:.2f} times the least")
     compiler = cost.compiler_seconds(target.chip)
     shown = f"  time    roofline {clock(cost.roofline)} + communication {clock(cost.exposed)}"
     if compiler is not None:
@@ -183,6 +186,8 @@ def _program_json(planned: Planned, target: Target) -> dict[str, Any]:
         "roofline_seconds": cost.roofline_seconds,
         "compiler_seconds": cost.compiler_seconds(target.chip),
         "exposed_seconds": cost.exposed,
+        "sent_bytes_per_chip": cost.wire,
+        "least_sent_bytes_per_chip": planned.program.least_moved,
         "mfu": utilisation(planned.program.model_flops, target.chips, target.chip, seconds),
         "collectives": {kind: vars(traffic) for kind, traffic in cost.collectives.items()},
     }

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from instructax.batches import ComparisonBatch
 from instructax.config import PretrainConfig, SftConfig, replace
 from instructax.models import functional as model
-from instructax.plan import model_flops
+from instructax.plan import least_moves, model_flops
 from instructax.plan.memory import shard_bytes
 from instructax.plan.program import Program, Shapes, bytes_of, shardings
 from instructax.runtime import mesh as mesh_lib
@@ -81,6 +81,7 @@ class Supervised(Shapes):
             (state, self.text(f"{stage}.batch_size", rows, length)),
             passed=bytes_of(state),
             model_flops=model_flops.train(m, rows * length, length),
+            least_moved=least_moves.train(m, rows * length, self.mesh.shape, c.grad_accumulation),
         )
 
     def _moments(self, optimizer: Any) -> float:
@@ -97,6 +98,7 @@ class Supervised(Shapes):
             passed={"params": shard_bytes(params)},
             held={"optimizer": moments},
             model_flops=model_flops.forward(m, rows * length, length),
+            least_moved=least_moves.forward(m, rows * length, self.mesh.shape, c.grad_accumulation),
         )
 
     def rewarding(self) -> Iterator[Program]:
@@ -136,6 +138,9 @@ class Supervised(Shapes):
             (state, batch),
             passed=bytes_of(state),
             model_flops=model_flops.train(m, tokens, c.row_length, scalar=True),
+            least_moved=least_moves.train(
+                m, tokens, self.mesh.shape, c.grad_accumulation, scalar=True
+            ),
         )
         yield Program(
             "reward/scores",
@@ -144,4 +149,7 @@ class Supervised(Shapes):
             passed={"params": shard_bytes(state.params)},
             held={"optimizer": bytes_of(state)["optimizer"]},
             model_flops=model_flops.forward(m, tokens, c.row_length, unembedded=0.0),
+            least_moved=least_moves.forward(
+                m, tokens, self.mesh.shape, c.grad_accumulation, scalar=True
+            ),
         )

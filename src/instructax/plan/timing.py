@@ -70,6 +70,11 @@ class Cost:
         return self.cycles / chip.clock + self.exposed_compiler
 
     @property
+    def wire(self) -> float:
+        """Bytes that the chip sends."""
+        return sum(traffic.wire for traffic in self.collectives.values())
+
+    @property
     def roofline_seconds(self) -> float:
         return self.roofline + self.exposed
 
@@ -116,6 +121,7 @@ class _Walk:
 
     def _computation(self, computation: Computation) -> Cost:
         own, rest, early = Cost(), Cost(), 0.0
+        chains: set[str] = set()
         for instruction in computation.instructions.values():
             opcode = instruction.opcode
             if opcode == "while":
@@ -133,7 +139,7 @@ class _Walk:
                 if not started:
                     rest.add(self.of(callee))
             else:
-                early += self._leaf(instruction, computation, own)
+                early += self._leaf(instruction, computation, own, chains)
         own.exposed += max(0.0, early - own.roofline)
         cycles_seconds = own.cycles / self._chip.clock if self._chip.clock else own.roofline
         own.exposed_compiler += max(0.0, early - cycles_seconds)
@@ -152,8 +158,14 @@ class _Walk:
         inner = self._module.computations[name].instructions.values()
         return [(kind, i) for i in inner if (kind := collective_kind(i)) is not None]
 
-    def _leaf(self, instruction: Instruction, within: Computation, own: Cost) -> float:
-        """Adds an instruction to ``own``; returns the seconds of communication that it starts early."""
+    def _leaf(
+        self, instruction: Instruction, within: Computation, own: Cost, chains: set[str]
+    ) -> float:
+        """Adds an instruction to ``own``; returns the seconds of communication that it starts early.
+
+        A collective that a TPU runs beside products is written down several times: where it starts, in the
+        products, and where it is awaited. These are one chain, which counts where it is first met.
+        """
         early = 0.0
         kind = collective_kind(instruction)
         flops = hlo.product_flops(instruction, within)
@@ -162,7 +174,11 @@ class _Walk:
         if instruction.opcode == "fusion":
             flops, found = self._inside(instruction)
             for inner_kind, inner, is_early in found:
-                early += self._collective(inner_kind, inner, own, is_early)
+                chain = inner.chain
+                if chain not in chains:
+                    early += self._collective(inner_kind, inner, own, is_early or bool(chain))
+                if chain:
+                    chains.add(chain)
             kind = kind or (found[0][0] if found and not flops else None)
         nbytes = 0.0 if kind is not None else hbm_bytes(instruction, within, self._module)
         own.flops += flops

@@ -1,0 +1,51 @@
+"""Bytes that a chip cannot but send on its mesh, whatever the program does.
+
+``fsdp`` shares out the weights of a part of a batch twice, forward and going back, and sums their
+gradients once, in the compute dtype (Rajbhandari et al. 2020, section 7.2.1, stage 3: 3 times the
+parameters). ``model`` gathers and sums a block's stream twice each way (Korthikanti et al. 2022,
+section 4.2.2). ``data`` sums what is left of the gradients, in float32. On a ring of n each sends (n-1)/n
+of the whole, twice that to sum where all keep it. Recomputation does not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+
+from instructax.config import ModelConfig
+from instructax.plan.model_flops import matrix_parameters
+
+
+def forward(
+    m: ModelConfig, tokens: float, mesh: Mapping[str, int], parts: int = 1, *, scalar: bool = False
+) -> float:
+    """Bytes a chip for ``tokens`` of all chips, read in so many parts; a scalar head has no vocabulary to meet."""
+    return parts * _weights(m, mesh, scalar) + 4.0 * _stream(m, tokens, mesh)
+
+
+def train(
+    m: ModelConfig, tokens: float, mesh: Mapping[str, int], parts: int = 1, *, scalar: bool = False
+) -> float:
+    """The same for an update on them."""
+    data, of_chip = mesh["data"], mesh["fsdp"] * mesh["model"]
+    gradients = 2.0 * (data - 1) / data * 4.0 * _parameters(m, scalar) / of_chip
+    return 3.0 * parts * _weights(m, mesh, scalar) + 8.0 * _stream(m, tokens, mesh) + gradients
+
+
+def _parameters(m: ModelConfig, scalar: bool) -> float:
+    return float(matrix_parameters(m) + (0 if scalar else m.padded_vocab_size * m.d_model))
+
+
+def _weights(m: ModelConfig, mesh: Mapping[str, int], scalar: bool) -> float:
+    fsdp = mesh["fsdp"]
+    width = jnp.dtype(m.compute_dtype).itemsize
+    return (fsdp - 1) / fsdp * width * _parameters(m, scalar) / mesh["model"]
+
+
+def _stream(m: ModelConfig, tokens: float, mesh: Mapping[str, int]) -> float:
+    """A gather, or a sum into parts, of every block's stream of a chip's rows."""
+    model = mesh["model"]
+    of_rows = tokens / (mesh["data"] * mesh["fsdp"])
+    width = jnp.dtype(m.compute_dtype).itemsize
+    return (model - 1) / model * m.num_layers * of_rows * m.d_model * width
