@@ -359,6 +359,49 @@ ENTRY %main (c: bf16[1024,128], q: bf16[1,128], i: s32[]) -> (f32[1024,1], bf16[
 """
 
 
+PIECES = """\
+HloModule jit_step, is_scheduled=true
+
+%start (p: bf16[64,256]) -> (bf16[64,256], bf16[256,256]) {
+  %p = bf16[64,256]{1,0} parameter(0)
+  %g1 = bf16[256,256]{1,0} all-gather(%p), channel_id=9, replica_groups=[2,4]<=[8], dimensions={0}, frontend_attributes={chain_id="3"}
+  ROOT %t1 = (bf16[64,256]{1,0}, bf16[256,256]{1,0}) tuple(%p, %g1)
+}
+
+%beside (a: bf16[128,256], b: bf16[256,128], c: bf16[64,256]) -> bf16[128,128] {
+  %a = bf16[128,256]{1,0} parameter(0)
+  %b = bf16[256,128]{1,0} parameter(1)
+  %c = bf16[64,256]{1,0} parameter(2)
+  %g2 = bf16[256,256]{1,0} all-gather(%c), channel_id=9, replica_groups=[2,4]<=[8], dimensions={0}, frontend_attributes={chain_id="3"}
+  ROOT %y = bf16[128,128]{1,0} convolution(%a, %b), dim_labels=bf_io->bf
+}
+
+%done (d: bf16[64,256]) -> bf16[256,256] {
+  %d = bf16[64,256]{1,0} parameter(0)
+  ROOT %g3 = bf16[256,256]{1,0} all-gather(%d), channel_id=9, replica_groups=[2,4]<=[8], dimensions={0}, frontend_attributes={chain_id="3"}
+}
+
+ENTRY %main (a: bf16[128,256], b: bf16[256,128], w: bf16[64,256]) -> bf16[256,256] {
+  %a.1 = bf16[128,256]{1,0} parameter(0)
+  %b.1 = bf16[256,128]{1,0} parameter(1)
+  %w = bf16[64,256]{1,0} parameter(2)
+  %begun = (bf16[64,256]{1,0}, bf16[256,256]{1,0}) fusion(%w), kind=kCustom, calls=%start
+  %product = bf16[128,128]{1,0} fusion(%a.1, %b.1, %w), kind=kOutput, calls=%beside, backend_config={"estimated_cycles":"70000"}
+  ROOT %ended = bf16[256,256]{1,0} fusion(%w), kind=kCustom, calls=%done
+}
+"""
+
+
+def test_a_collective_in_pieces_is_one_and_hides_behind_the_work_beside_it():
+    cost = timing.analyse(PIECES, CHIPS["v5p"], PLACES)
+    gathered = cost.collectives["all-gather"]
+    assert (gathered.count, gathered.wire) == (1, 256 * 256 * 2 * 3 / 4)
+    # 40 us of the compiler's cycles hide it; the roofline's product is too short to.
+    assert cost.exposed_compiler == 0.0 < cost.exposed < gathered.seconds
+    apart = PIECES.replace(', frontend_attributes={chain_id="3"}', "")
+    assert timing.analyse(apart, CHIPS["v5p"], PLACES).collectives["all-gather"].count == 3
+
+
 def test_a_cache_that_is_written_in_place_is_read_where_it_is_looked_at():
     row, scores = 128 * 2, 1024 * 4
     looked = timing.analyse(CACHE, CHIPS["v5p"], [(0, 0, 0)]).hbm_bytes
