@@ -406,6 +406,23 @@ def test_a_cache_that_is_written_in_place_is_read_where_it_is_looked_at():
     row, scores = 128 * 2, 1024 * 4
     looked = timing.analyse(CACHE, CHIPS["v5p"], [(0, 0, 0)]).hbm_bytes
     assert looked == pytest.approx(1024 * row + 2 * row + scores, rel=0.001)
+    turned = (
+        CACHE.replace("convolution(%put, %p1)", "convolution(%flat, %p1)")
+        .replace(
+            "  %score =",
+            "  %flat = bf16[1024,128]{1,0} fusion(%put), kind=kLoop, calls=%same\n  %score =",
+        )
+        .replace(
+            "%look (p0:",
+            """%same (s0: bf16[1024,128]) -> bf16[1024,128] {
+  %s0 = bf16[1024,128]{1,0} parameter(0)
+  ROOT %s1 = bf16[1024,128]{1,0} bitcast(%s0)
+}
+
+%look (p0:""",
+        )
+    )
+    assert timing.analyse(turned, CHIPS["v5p"], [(0, 0, 0)]).hbm_bytes == looked
     alone = CACHE.replace("convolution(%put, %p1)", "convolution(%p1, %p1)")
     put = timing.analyse(alone, CHIPS["v5p"], [(0, 0, 0)]).hbm_bytes
     assert put == pytest.approx(2 * row + scores, abs=8)

@@ -33,16 +33,19 @@ def hbm_bytes(instruction: Instruction, within: Computation, module: Module) -> 
         if operand is None or any(s.fast for s in operand.shapes[:1]):
             continue
         whole = sum(s.nbytes for s in operand.shapes)
-        read += (
-            whole if fused is None else min(whole, _read_of_parameter(fused, index, whole, module))
-        )
+        if fused is None:
+            read += whole
+        else:
+            read += min(whole, _read_of_parameter(fused, index, whole, module)[0])
     if opcode == "fusion" and fused is not None:
         written = _written(fused, written)
     return read + written
 
 
-def _read_of_parameter(fused: Computation, index: int, whole: float, module: Module) -> float:
-    """Bytes read of a fusion's operand: those of its slices where nothing else looks at it."""
+def _read_of_parameter(
+    fused: Computation, index: int, whole: float, module: Module
+) -> tuple[float, bool]:
+    """Bytes read of a fusion's operand, those of its slices where nothing else looks at it, and whether it is the result."""
     parameter = next(
         (
             i
@@ -52,7 +55,7 @@ def _read_of_parameter(fused: Computation, index: int, whole: float, module: Mod
         None,
     )
     if parameter is None:
-        return whole
+        return whole, False
     names, total = {parameter.name}, 0.0
     for instruction in fused.instructions.values():
         used = names & set(instruction.operands)
@@ -70,10 +73,12 @@ def _read_of_parameter(fused: Computation, index: int, whole: float, module: Mod
             inner = module.computations[instruction.attribute("calls") or ""]
             for position, name in enumerate(instruction.operands):
                 if name in names:
-                    total += _read_of_parameter(inner, position, whole, module)
+                    nbytes, is_result = _read_of_parameter(inner, position, whole, module)
+                    total += nbytes
+                    names |= {instruction.name} if is_result else set()
         else:
-            return whole
-    return total
+            return whole, False
+    return total, fused.root.name in names
 
 
 def _written(fused: Computation, whole: float) -> float:
