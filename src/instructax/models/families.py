@@ -20,6 +20,7 @@ from instructax.models.flash import LANES, flash_attention, serves_lengths
 from instructax.partitioning import platform
 
 Array = Any
+Pair = tuple[Array, Array]  # of prompts Nx1xP..., of responses NxKxT...
 
 
 def tile() -> int:
@@ -69,9 +70,6 @@ def family_attention(
         [x.reshape(rows, -1, heads * width) for x in (prompt, response)], axis=1
     )
     return rearranged(out_BxMxF, home_BxL, there_BxM).reshape(q_BxLxHxC.shape)
-
-
-Pair = tuple[Array, Array]  # of prompts Nx1xP..., of responses NxKxT...
 
 
 def _by_kernel(
@@ -136,7 +134,8 @@ def _softmax(parts: list[tuple[Array, Array]]) -> Array:
     """sum softmax(scores) values, NxKxTxGxRxC, the softmax over all parts together; 0 where nothing is seen."""
     top = functools.reduce(jnp.maximum, [score.max(axis=-1) for score, _ in parts])
     top = jax.lax.stop_gradient(jnp.where(jnp.isneginf(top), 0.0, top))
-    total, out = 0.0, 0.0
+    total: Array = 0.0
+    out: Array = 0.0
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     for score, value in parts:
         weight = jnp.exp(score - top[..., None])
