@@ -122,11 +122,12 @@ def test_pairs_are_those_of_blocks_with_something_to_see():
 
 
 COMPILED = """
+import re
 import jax, jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from instructax.config import MeshConfig
+from instructax.config import MeshConfig, ModelConfig
 from instructax.models import functional as model
-from instructax.batches import Layout
+from instructax.batches import Families, Layout
 from instructax.plan import hlo, topology
 from instructax.runtime.mesh import abstract_sharded
 devices = topology.devices("v5p:2x2x1")
@@ -136,12 +137,15 @@ config = ModelConfig(num_layers=2, d_model=512, num_heads=4, d_ff=512, vocab_siz
 rows, length = 4, 1024
 slots = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=NamedSharding(mesh, P(("data", "fsdp"))))
 layout = Layout(slots, slots, slots, slots, prefixed=False)
-with jax.set_mesh(mesh):
-    params = abstract_sharded(mesh, lambda: model.init(jax.random.key(0), config, "lm"))
-    loss = lambda p, layout: model.token_logprobs(p, config, layout).sum()
-    text = jax.jit(jax.grad(loss)).lower(params, layout).compile().as_text()
-module = hlo.parse(text)
-found = [i for c in module.computations.values() for i in c.instructions.values() if hlo.is_flash(i)]
+def compiled(layout, head, read):
+    with jax.set_mesh(mesh):
+        params = abstract_sharded(mesh, lambda: model.init(jax.random.key(0), config, head))
+        loss = lambda p, layout: read(p, config, layout).sum()
+        text = jax.jit(jax.grad(loss)).lower(params, layout).compile().as_text()
+    module = hlo.parse(text)
+    found = [i for c in module.computations.values() for i in c.instructions.values() if hlo.is_flash(i)]
+    return text, module, found
+text, module, found = compiled(layout, "lm", model.token_logprobs)
 kernels = sorted(i.op_name.rsplit("splash_mha_")[1].split("_")[0] for i in found)
 assert set(kernels) == {"fwd", "dq", "dkv"}, kernels
 flops = {}
@@ -152,6 +156,15 @@ for c in module.computations.values():
 # 2 rows and 2 heads a chip, blocks of 512: 3 of 4 in a dense layer, as many in one with a band of 100.
 assert list(flops) == [2 * 4 * 3 * 512**2 * 2 * 2 * 128], flops
 assert not any("f32[2,2,1024,1024]" in line or "f32[2,2,1,1024,1024]" in line for line in text.splitlines())
+# A prompt of 256 slots and three responses of 128 behind it in every row.
+def listed(*shape):
+    return jax.ShapeDtypeStruct((rows, *shape), jnp.int32, sharding=NamedSharding(mesh, P(("data", "fsdp"))))
+families = Families(listed(1, 256), listed(1, 3, 128))
+text, _, found = compiled(Layout(slots, slots, slots, slots, families=families), "scalar", model.scalars)
+seen = {re.search(r"flash_pairs_(\\d+)", i.op_name)[1] for i in found}
+# Prompts are one block; responses see two blocks of 128 of their prompt and their own, within a band one and their own.
+assert seen == {str(256 * 256), str(3 * 128**2), str(2 * 128**2)}, seen
+assert not any("f32[2,2,1024,1024]" in line for line in text.splitlines())
 print("passed")
 """
 
