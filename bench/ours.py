@@ -100,7 +100,7 @@ def comparison_batch(case: Case) -> ComparisonBatch:
             [work.response],
             ways=work.ways,
             most_in_row=1,
-            scores=model.row_scores(length),
+            row_scores=model.row_scores(length),
             tile=model.family_tile(),
         ),
     )

@@ -10,7 +10,8 @@ Planned for 16 v5p chips, never run (docs/plan.md):
 - PPO, an iteration of 512 episodes at full length: 168 s (prefill 2, decode 31, score 14, update 120); the update at 51% MFU,
   scoring at 56%, decoding at 32% of its bandwidth bound; 500 iterations: 23.3 hours.
 - 3.04 PF/s-days of the model's FLOPs.
-- SFT (`--only sft/step`): 656 ms a step, 59% MFU, 11.9 GiB; with `--model.remat none` 602 ms, 64%, 41.6 GiB.
+- SFT (`--only sft/step`) with whole products (docs/plan.md: one flag more): 656 ms a step, 59% MFU, 11.9 GiB; with
+  `--model.remat none` 602 ms, 64%, 41.6 GiB.
 - Reward model and evaluation: not planned.
 """
 

@@ -207,7 +207,7 @@ class Ppo:
         self._start = functools.partial(born, policy, reward)
         frozen = (self._reference, reward)
         # On one device they lie there, on several in the host's memory: it must make no difference.
-        parked = mesh.parked(frozen) if run.mesh.size > 1 else lambda: frozen
+        parked = mesh.parked("ppo.frozen_memory", frozen) if run.mesh.size > 1 else lambda: frozen
         self._iterate = iteration.programs(
             run, parked, {"gain": 1.3, "bias": -0.2}, optimizer, optimizer, shardings
         )

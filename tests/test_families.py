@@ -139,8 +139,8 @@ def test_every_real_slot_is_in_one_place():
 
 def test_sizes_are_given_where_they_save_scores():
     triangle = 704**2 // 2
-    found = family_sizes([100, 127], [62], ways=9, most_in_row=1, scores=triangle)
+    found = family_sizes([100, 127], [62], ways=9, most_in_row=1, row_scores=triangle, tile=8)
     assert found == FamilySizes(1, 128, 64)
-    assert found.empty(1, 9).pairs == 128**2 + 9 * 64 * 192
+    assert found.scores(9) == 128**2 + 9 * 64 * 192
     # Many short comparisons in a row: room for the longest prompt in every place would cost more.
-    assert family_sizes([10, 128], [64], ways=9, most_in_row=9, scores=triangle) is None
+    assert family_sizes([10, 128], [64], ways=9, most_in_row=9, row_scores=triangle, tile=8) is None

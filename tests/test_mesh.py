@@ -70,7 +70,7 @@ def test_what_is_parked_comes_back_to_where_it_was():
     tree = mesh.init_sharded(made, init, jax.random.key(0)).params
     kept = jax.tree.map(np.asarray, tree)
     placed = jax.tree.map(lambda x: x.sharding, tree)
-    back = mesh.parked(tree)
+    back = mesh.parked("ppo.frozen_memory", tree)
     jax.tree.map(lambda x: x.delete(), tree)
     for _ in range(2):
         found = back()
@@ -88,7 +88,7 @@ def test_a_platform_without_pinned_memory_is_named():
         sharding = Nowhere()
 
     with pytest.raises(UserError, match="frozen_memory = host: cpu devices have no pinned"):
-        mesh.parked([Placed()])
+        mesh.parked("ppo.frozen_memory", [Placed()])
 
 
 def run_python(code: str, *arguments: str) -> subprocess.Popen:

@@ -51,13 +51,6 @@ class Families:
     prompt_BxNxP: Array  # int32, slots of the row
     response_BxNxKxT: Array  # int32, slots of the row
 
-    @property
-    def pairs(self) -> int:
-        """Scores of a row: prompts see themselves, responses their prompt and themselves."""
-        _, prompts, width = self.prompt_BxNxP.shape
-        _, _, ways, length = self.response_BxNxKxT.shape
-        return prompts * (width * width + ways * length * (width + length))
-
 
 @pytree
 class Layout:

@@ -122,6 +122,11 @@ class FamilySizes:
     response: int
     """T, slots of the longest response."""
 
+    def scores(self, ways: int) -> int:
+        """Scores of a row: prompts meet themselves, responses their prompt and themselves."""
+        of_responses = ways * self.response * (self.prompt + self.response)
+        return self.prompts * (self.prompt**2 + of_responses)
+
     def empty(self, rows: int, ways: int) -> Families:
         return Families(
             np.full((rows, self.prompts, self.prompt), -1, np.int32),
@@ -135,16 +140,16 @@ def family_sizes(
     *,
     ways: int,
     most_in_row: int,
-    scores: int,
-    tile: int = 8,
+    row_scores: int,
+    tile: int,
 ) -> FamilySizes | None:
     """Sizes for prompts and responses of these lengths, multiples of ``tile``.
 
-    None where families have more scores than ``scores``, what a row costs without them.
+    None where families have no fewer scores than ``row_scores``, what a row has without them.
     """
     prompt, response = (-(-max(n) // tile) * tile for n in (prompt_n, response_n))
     sizes = FamilySizes(most_in_row, prompt, response)
-    return sizes if sizes.empty(1, ways).pairs < scores else None
+    return sizes if sizes.scores(ways) < row_scores else None
 
 
 def layout_rows(
@@ -221,8 +226,8 @@ def stream(
     seed: int,
     rows: int | None = None,
     row_multiple: int = 1,
-    row_scores: int | None = None,
-    tile: int = 8,
+    row_scores: int = 0,
+    tile: int = 1,
     shuffle: bool = True,
 ) -> Stream[ComparisonBatch]:
     """Batches of ``batch_size`` prompts with all their responses, K padded to ``max_responses``.
@@ -232,7 +237,8 @@ def stream(
     batch, partly empty where it must be: in one epoch every comparison is seen once, as the paper
     trains. A unit of this stream is a batch. ``row_multiple`` adds empty rows up to a multiple, as a
     mesh may need them; which prompts a batch holds does not depend on it. Families are listed where they
-    have fewer scores than ``row_scores``, a row's without them (default: its triangle).
+    have fewer scores than ``row_scores``, a row's without them; by default nowhere. ``tile`` divides their
+    lengths.
     """
     slots_n = examples.slots_n
     if slots_n.max() > row_length:
@@ -253,7 +259,7 @@ def stream(
         [max(map(len, responses)) for responses in examples.responses],
         ways=max_responses,
         most_in_row=1 if rows is None else row_length // int(slots_n.min()),
-        scores=row_length**2 // 2 if row_scores is None else row_scores,
+        row_scores=row_scores,
         tile=tile,
     )
 

@@ -135,20 +135,20 @@ def init_sharded(mesh: Mesh, init_fn: Callable[..., Any], *args: Any) -> Any:
         return jax.jit(init_fn, out_shardings=shardings(mesh, abstract))(*args)
 
 
-def parked(tree: Any) -> Callable[[], Any]:
+def parked(field: str, tree: Any) -> Callable[[], Any]:
     """A copy of arrays in their hosts' pinned memory, each shard where its device is; a call brings them back.
 
     Drop ``tree`` to free the devices. What a call returns is freed when it is dropped in turn.
 
     Raises:
-      UserError: devices whose platform has no such memory.
+      UserError: devices whose platform has no such memory; it names the field that asked for it.
     """
     placed = jax.tree.map(lambda x: x.sharding, tree)
     try:
         hosted = jax.tree.map(lambda s: s.with_memory_kind("pinned_host"), placed)
     except ValueError as error:
         raise UserError(
-            f"ppo.frozen_memory = host: {jax.default_backend()} devices have no pinned host memory; "
+            f"{field} = host: {jax.default_backend()} devices have no pinned host memory; "
             "leave it at device"
         ) from error
     on_host = jax.device_put(tree, hosted)

@@ -130,7 +130,9 @@ def _train(run: Run, arm: str) -> None:
 
 def _frozen(c: PpoConfig, models: tuple[Params, Params]) -> Callable[[], tuple[Params, Params]]:
     """(reference, reward model) where and when they are wanted."""
-    return mesh.parked(models) if c.frozen_memory == "host" else lambda: models
+    if c.frozen_memory == "host":
+        return mesh.parked("ppo.frozen_memory", models)
+    return lambda: models
 
 
 def _items(state: PpoState) -> dict[str, Any]:

@@ -129,14 +129,22 @@ def _examples(run: Run, name: str, records):
 def _stream(run: Run, name: str, *, seed: int):
     c = run.config.reward
     examples = _examples(run, name, data.records(run.config, name))
+    return _laid_out(
+        run, examples, c.batch_size, packed=c.packed, max_responses=c.max_responses, seed=seed
+    )
+
+
+def _laid_out(run: Run, examples, prompts: int, *, packed: bool, max_responses: int, seed: int):
+    """Batches of so many prompts, in rows that fit the mesh and the platform's attention."""
+    row_length = run.config.reward.row_length
     return comparisons.stream(
         examples,
-        batch_size=c.batch_size,
-        row_length=c.row_length,
-        max_responses=c.max_responses,
-        rows=_rows(run, examples, c.batch_size) if c.packed else None,
+        batch_size=prompts,
+        row_length=row_length,
+        max_responses=max_responses,
+        rows=_rows(run, examples, prompts) if packed else None,
         row_multiple=_row_multiple(run),
-        row_scores=model.row_scores(c.row_length),
+        row_scores=model.row_scores(row_length),
         tile=model.family_tile(),
         seed=seed,
     )
@@ -278,15 +286,8 @@ class DemonstrationMean:
         c = self._run.config.reward
         examples = _examples(self._run, "demonstrations", as_rankings)
         # Packed into about as many rows as a batch of rankings has: a prompt comes with one response.
-        prompts = c.batch_size * 4
-        stream = comparisons.stream(
-            examples,
-            batch_size=prompts,
-            row_length=c.row_length,
-            max_responses=1,
-            rows=_rows(self._run, examples, prompts),
-            row_multiple=_row_multiple(self._run),
-            seed=0,
+        stream = _laid_out(
+            self._run, examples, c.batch_size * 4, packed=True, max_responses=1, seed=0
         )
         return list(stream.in_order())
 
