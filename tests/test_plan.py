@@ -337,6 +337,20 @@ ENTRY %main (q: bf16[2,4,1024,128], k: bf16[2,4,1024,128]) -> bf16[2,4,1024,128]
 """
 
 
+LOOK = """\
+HloModule jit_decode, is_scheduled=true
+
+ENTRY %main (q: bf16[4,2,8,1024], k: bf16[4,2,2048,1024], bias: f32[4,1,2048]) -> bf16[4,2,8,1024] {
+  %q = bf16[4,2,8,1024]{3,2,1,0} parameter(0)
+  %k = bf16[4,2,2048,1024]{3,2,1,0} parameter(1)
+  %bias = f32[4,1,2048]{2,1,0} parameter(2)
+  %count = s32[4]{0} constant({...})
+  %blocks = s32[24]{0} constant({...})
+  ROOT %look = bf16[4,2,8,1024]{3,2,1,0} custom-call(%count, %blocks, %q, %k, %k, %bias), custom_call_target="tpu_custom_call", metadata={op_name="jit(decode)/cache_reach_256_block_128/shard_map/cached_attention/pallas_call"}
+}
+"""
+
+
 CACHE = """\
 HloModule jit_decode, is_scheduled=true
 
@@ -470,6 +484,26 @@ def test_a_flash_kernel_counts_with_the_pairs_that_its_name_says():
     )
     plain = FLASH.replace("flash_pairs_786432", "other")
     assert timing.analyse(plain, chip, PLACES).cycles == 1000
+
+
+def test_a_look_at_a_cache_takes_as_long_as_reading_the_blocks_that_are_seen():
+    chip = CHIPS["v5p"]
+    # 256 slots that end with the 1,024th lie in two blocks of 128, those that end with the 1,025th in three.
+    of_slot, beside = 2 * 4 * 2 * 1024 * 2 + 4 * 4, 2 * 4 * 2 * 8 * 1024 * 2 + 28 * 4
+    for filled, slots in (
+        ((1024, 1024), 256),
+        ((1025, 1025), 384),
+        ((100, 100), 128),
+        ((1024, 1025), 320),
+    ):
+        cost = timing.analyse(LOOK, chip, PLACES, filled=filled)
+        assert cost.hbm_bytes == slots * of_slot + beside
+        assert cost.cycles / chip.clock == pytest.approx(cost.hbm_bytes / chip.hbm_bandwidth)
+    whole = LOOK.replace("reach_256_block_128", "reach_2048_block_512")
+    assert (
+        timing.analyse(whole, chip, PLACES, filled=(1025, 1025)).hbm_bytes
+        == 1536 * of_slot + beside
+    )
 
 
 def test_a_loop_that_the_compiler_has_unrolled_turns_half_as_often():

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from instructax.batches import pytree
+from instructax.models import decoding_kernel
 from instructax.models.attention import attention
 from instructax.partitioning import parts, platform
 
@@ -77,18 +78,33 @@ def put(stored: Stored, new: Stored, row: Array | int, slot: Array | int) -> Sto
     )
 
 
-def look(q_BxLxHxC: Array, key: Stored, value: Stored, mask_BxLxS: Array) -> Array:
-    """:func:`attention`, of which int8 is never spelt out: a slot's scales leave both products."""
-    dtype = q_BxLxHxC.dtype
-    k, v = key.data.astype(dtype), value.data.astype(dtype)
+def look(
+    q_BxLxHxC: Array, key: Stored, value: Stored, mask_BxLxS: Array, reach: int | None = None
+) -> Array:
+    """:func:`attention`, of which int8 is never spelt out: a slot's scales leave both products.
+
+    ``reach``: a query sees at most so many slots; None: it may see all.
+    """
     rows, length, heads, width = q_BxLxHxC.shape
-    joined = k.shape[-1] // width
-    queries = heads // (k.shape[1] * joined)  # of a key-value head
+    groups, slots, joined_width = key.data.shape[1:]
+    joined = joined_width // width
+    queries = heads // (groups * joined)  # of a key-value head
+    scales = [_of_queries(stored, queries) for stored in (key, value)]
+    if length == 1 and decoding_kernel.serves(rows, groups, slots, joined_width):
+        apart = (rows, groups, heads // groups)
+        return decoding_kernel.cached_attention(
+            q_BxLxHxC.reshape(*apart, width),
+            key.data,
+            value.data,
+            mask_BxLxS[:, 0],
+            reach,
+            *(None if scale is None else scale.reshape(*apart, slots) for scale in scales),
+        ).reshape(q_BxLxHxC.shape)
     # Whether a head's keys lie at a place: a query has zeros at all others, and leaves their values.
     place_HxJ = np.arange(heads)[:, None] // queries % joined == np.arange(joined)
-    own = np.asarray(place_HxJ, dtype)[None, None, :, :, None]
-    q = (q_BxLxHxC[:, :, :, None] * own).reshape(rows, length, heads, joined * width)
-    scales = (_of_queries(stored, queries) for stored in (key, value))
+    own = np.asarray(place_HxJ, q_BxLxHxC.dtype)[None, None, :, :, None]
+    q = (q_BxLxHxC[:, :, :, None] * own).reshape(rows, length, heads, joined_width)
+    k, v = (stored.data.astype(q.dtype) for stored in (key, value))
     out = attention(q, k, v, mask_BxLxS, width, *scales)
     return (out.reshape(rows, length, heads, joined, width) * own).sum(axis=3)
 

@@ -90,11 +90,11 @@ def _compiled(program: Program, mesh: Mesh, chip: Chip) -> Planned:
             raise RuntimeError(f"{program.name}: {message}")
         return Planned(program, refused, None, None, 0.0, rematerialized, spent, False)
     text, places = compiled.as_text(), _places(mesh.devices.flatten().tolist())
-    cost = timing.analyse(text, chip, places, program.unknown_trips)
+    cost = timing.analyse(text, chip, places, program.unknown_trips, program.filled)
     decode = Cost()
     if program.unknown_trips > 1:
         decode.add(cost)
-        decode.add(timing.analyse(text, chip, places, 0), -1.0)
+        decode.add(timing.analyse(text, chip, places, 0, program.filled), -1.0)
     held = memory.of_program(compiled.memory_analysis(), program.passed, program.held, program.made)
     return Planned(
         program, held, cost, decode, _counted_once(compiled), rematerialized, spent, False

@@ -204,6 +204,28 @@ def is_flash(instruction: Instruction) -> bool:
     return instruction.opcode == "custom-call" and "flash_pairs_" in instruction.op_name
 
 
+_CACHE_LOOK = re.compile(r"cache_reach_(\d+)_block_(\d+)")
+
+
+def is_cache_look(instruction: Instruction) -> bool:
+    """Whether it is the kernel of :mod:`instructax.models.decoding_kernel`."""
+    return instruction.opcode == "custom-call" and bool(_CACHE_LOOK.search(instruction.op_name))
+
+
+def is_kernel(instruction: Instruction) -> bool:
+    """Whether it is a kernel of ours, of which the compiler says nothing."""
+    return is_flash(instruction) or is_cache_look(instruction)
+
+
+def cache_slots_read(instruction: Instruction, first: int, last: int) -> float:
+    """Slots that a look at a cache reads of each row, of one that fills from ``first`` to ``last`` slots, in the mean."""
+    found = _CACHE_LOOK.search(instruction.op_name)
+    assert found is not None
+    reach, size = map(int, found.groups())
+    blocks = [(n - 1) // size - max(0, n - reach) // size + 1 for n in range(first, last + 1)]
+    return size * sum(blocks) / len(blocks)
+
+
 def _flash_flops(instruction: Instruction, within: Computation) -> float:
     pairs = re.search(r"flash_pairs_(\d+)", instruction.op_name)
     phase = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", instruction.op_name)

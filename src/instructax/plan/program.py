@@ -38,6 +38,8 @@ class Program:
     """Bytes that a chip cannot but send; 0 where nothing is said."""
     unknown_trips: int = 1
     """Turns of the loop whose number only the data knows."""
+    filled: tuple[int, int] = (1, 1)
+    """From how many slots to how many the cache fills in that loop."""
     bandwidth_bound: float = 0.0
     """Bytes a chip that decoding cannot but read: weights and cache, each token."""
     iterations: int = 0

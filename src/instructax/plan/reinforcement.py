@@ -185,9 +185,9 @@ class Reinforcement(Shapes):
         flops += model_flops.forward(m, decoded, mean_context)
         # A chip reads its share of the weights, were they spread over all, and of the filled cache.
         weights = (model_flops.matrix_parameters(m) + m.padded_vocab_size * m.d_model) * width
-        bound = (c.response_length - 1) * (
-            weights / self.mesh.size + cache * kept * mean_context / slots
-        )
+        filled = c.prompt_length + 1, slots - 1
+        seen = sum(_seen(m, n) for n in range(filled[0], filled[1] + 1)) / (slots * m.num_layers)
+        bound = (c.response_length - 1) * weights / self.mesh.size + cache * kept * seen
         return Program(
             name,
             jax.jit(sample),
@@ -197,6 +197,7 @@ class Reinforcement(Shapes):
             made={"copy": copy, "cache": cache * kept},
             model_flops=flops,
             unknown_trips=c.response_length - 1,
+            filled=filled,
             bandwidth_bound=bound,
             layers=m.num_layers,
             with_layers=lambda n: self._sampling(
@@ -230,3 +231,9 @@ class Reinforcement(Shapes):
             held={"params": shard_bytes(params)},
             model_flops=model_flops.forward(r, rows * width, width, unembedded=0.0),
         )
+
+
+def _seen(m: ModelConfig, filled: int) -> int:
+    """Slots that a token sees of a cache with so many filled, over all layers."""
+    kinds = [m.attention_pattern[i % len(m.attention_pattern)] for i in range(m.num_layers)]
+    return sum(min(filled, m.band_width) if kind == "banded" else filled for kind in kinds)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from instructax.plan import hlo
 from instructax.plan.chips import Chip
 from instructax.plan.hlo import Computation, Instruction, Module
-from instructax.plan.traffic import hbm_bytes
+from instructax.plan.traffic import hbm_bytes, of_cache_look
 
 HOP_SECONDS = 1e-6  # latency of a step of a collective from chip to chip
 
@@ -93,6 +93,7 @@ def analyse(
     chip: Chip,
     places: Sequence[tuple[int, ...] | None],
     unknown_trips: int = 1,
+    filled: tuple[int, int] = (1, 1),
 ) -> Cost:
     """The cost of compiled HLO text on one chip.
 
@@ -100,15 +101,18 @@ def analyse(
       places: where in the slice each device of the mesh lies, in the order of the mesh; None
         where a switch connects them.
       unknown_trips: how often a loop runs of which the text does not say it (the sampler's).
+      filled: of how many slots to how many a cache fills while it is looked at.
     """
-    return _Walk(hlo.parse(text), chip, places, unknown_trips).of(None)
+    return _Walk(hlo.parse(text), chip, places, unknown_trips, filled).of(None)
 
 
 class _Walk:
     def __init__(
-        self, module: Module, chip: Chip, places: Sequence[tuple[int, ...] | None], unknown: int
-    ):
+        self, module: Module, chip: Chip, places: Sequence[tuple[int, ...] | None], unknown: int,
+        filled: tuple[int, int],
+    ):  # fmt: skip
         self._module, self._chip, self._places, self._unknown = module, chip, places, unknown
+        self._filled = filled
         self._known: dict[str, Cost] = {}
         spans = [place for place in places if place is not None]
         self._slice = tuple(max(axis) + 1 for axis in zip(*spans, strict=True)) if spans else ()
@@ -180,16 +184,22 @@ class _Walk:
                 if chain:
                     chains.add(chain)
             kind = kind or (found[0][0] if found and not flops else None)
-        nbytes = 0.0 if kind is not None else hbm_bytes(instruction, within, self._module)
+        nbytes = 0.0 if kind is not None else self._hbm_bytes(instruction, within)
         own.flops += flops
         own.hbm_bytes += nbytes
         seconds = max(flops / self._chip.peak_flops, nbytes / self._chip.hbm_bandwidth)
         own.roofline += seconds
         if kind is None:
             # The compiler expects nothing of a kernel that it did not write.
-            is_given = not hlo.is_flash(instruction)
+            is_given = not hlo.is_kernel(instruction)
             own.cycles += instruction.cycles if is_given else seconds * (self._chip.clock or 0.0)
         return early
+
+    def _hbm_bytes(self, instruction: Instruction, within: Computation) -> float:
+        if hlo.is_cache_look(instruction):
+            slots = hlo.cache_slots_read(instruction, *self._filled)
+            return of_cache_look(instruction, within, slots)
+        return hbm_bytes(instruction, within, self._module)
 
     def _inside(self, fusion: Instruction) -> tuple[float, list[tuple[str, Instruction, bool]]]:
         """FLOPs and collectives of a fused computation."""

@@ -42,6 +42,16 @@ def hbm_bytes(instruction: Instruction, within: Computation, module: Module) -> 
     return read + written
 
 
+def of_cache_look(instruction: Instruction, within: Computation, slots_read: float) -> float:
+    """What our look at a cache reads and writes: query and result whole, of all that has slots those that it reads."""
+    operands = [within.instructions[name].shapes[0] for name in instruction.operands]
+    slots = operands[3].dims[2]  # counts, blocks, query, keys
+    moved = float(sum(shape.nbytes for shape in instruction.shapes))
+    for index, shape in enumerate(operands):
+        moved += shape.nbytes * (slots_read / slots if index > 2 else 1.0)
+    return moved
+
+
 def _read_of_parameter(
     fused: Computation, index: int, whole: float, module: Module
 ) -> tuple[float, bool]:
