@@ -40,6 +40,16 @@ RULES: dict[str, tuple[str, ...]] = {
     "scalar": (),
 }
 
+# While one token a row is decoded, activations are far smaller than the kernels that they meet. So kernels stay where they
+# are, and fsdp and model change places: a product over d_model is summed over model, one over heads or the MLP over fsdp
+# (weights stationary in two dimensions: Pope et al. 2022, section 3.2.2).
+DECODING: dict[str, tuple[str, ...]] = RULES | {
+    "d_model": ("model",),
+    "heads": ("fsdp",),
+    "kv_heads": ("fsdp",),
+    "mlp": ("fsdp",),
+}
+
 # (end of the path, logical axes); the parameters of all blocks are stacked on a leading axis.
 PARAMETERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"embed/token", ("vocab", "features")),
@@ -75,6 +85,7 @@ def spec(
     shape: Sequence[int],
     logical_axes: Sequence[str | None],
     mesh_shape: Mapping[str, int] | None = None,
+    rules: Mapping[str, tuple[str, ...]] = RULES,
 ) -> PartitionSpec:
     """The PartitionSpec of one array; None as a logical axis leaves that axis whole.
 
@@ -93,9 +104,9 @@ def spec(
     entries: list[str | tuple[str, ...] | None] = []
     claimed: dict[str, str] = {}
     for size, logical in zip(shape, logical_axes, strict=True):
-        if logical is not None and logical not in RULES:
-            raise ValueError(f"{name}: unknown logical axis {logical!r}, known: {sorted(RULES)}")
-        mesh_axes = () if logical is None else RULES[logical]
+        if logical is not None and logical not in rules:
+            raise ValueError(f"{name}: unknown logical axis {logical!r}, known: {sorted(rules)}")
+        mesh_axes = () if logical is None else rules[logical]
         for mesh_axis in mesh_axes:
             if mesh_axis in claimed:
                 raise ValueError(
@@ -126,7 +137,11 @@ def parameter_axes(path: str) -> tuple[str, ...] | None:
     return found[0] if found else None
 
 
-def param_specs(abstract_tree: Any, mesh_shape: Mapping[str, int] | None = None) -> Any:
+def param_specs(
+    abstract_tree: Any,
+    mesh_shape: Mapping[str, int] | None = None,
+    rules: Mapping[str, tuple[str, ...]] = RULES,
+) -> Any:
     """A tree of PartitionSpecs for parameters, or for any state that holds copies of them.
 
     Leaves of rank 0 (counters, keys, coefficients) are replicated.
@@ -145,7 +160,7 @@ def param_specs(abstract_tree: Any, mesh_shape: Mapping[str, int] | None = None)
             raise ValueError(
                 f"{name}: no rule of PARAMETERS matches this array of shape {leaf.shape}"
             )
-        return spec(name, leaf.shape, axes, mesh_shape)
+        return spec(name, leaf.shape, axes, mesh_shape, rules)
 
     return jax.tree_util.tree_map_with_path(of_leaf, abstract_tree)
 
@@ -180,13 +195,13 @@ def platform() -> str:
     return device.platform
 
 
-def constrain_decoding(x_BxLxD: jax.Array) -> jax.Array:
-    """Pin the residual stream of one token a row to where the weights are, so that these stay there.
-
-    A kernel's d_model lies on ``fsdp``, so the stream's does: products are summed over chips, which for
-    a token a row is far less than the kernels that would be gathered otherwise.
-    """
-    return constrain(x_BxLxD, "replica", None, "d_model")
+def decoding_rules(heads: int, kv_heads: int, d_model: int, mlp: int) -> dict[str, tuple[str, ...]]:
+    """:data:`DECODING` where the enclosing mesh has fsdp and divides these so, else :data:`RULES`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    shape = {name: size for name, size in mesh.shape.items() if name not in mesh.manual_axes}
+    fsdp, model = shape.get("fsdp", 1), shape.get("model", 1)
+    divides = not any(size % fsdp for size in (heads, kv_heads, mlp)) and d_model % model == 0
+    return DECODING if fsdp > 1 and divides else RULES
 
 
 def constrain_stream(x_BxLxD: jax.Array) -> jax.Array:
@@ -200,7 +215,9 @@ def constrain_stream(x_BxLxD: jax.Array) -> jax.Array:
     return constrain(x_BxLxD, "batch", "length" if divides else None, None)
 
 
-def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
+def constrain(
+    x: jax.Array, *logical_axes: str | None, rules: Mapping[str, tuple[str, ...]] = RULES
+) -> jax.Array:
     """Pin the sharding of an activation; does nothing where no mesh is set.
 
     The mesh is the one of the enclosing ``jax.set_mesh``, so that models never carry it around.
@@ -211,11 +228,11 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
         return x
     manual = set(mesh.manual_axes)
     logical_axes = tuple(
-        None if name is not None and manual & set(RULES.get(name, ())) else name
+        None if name is not None and manual & set(rules.get(name, ())) else name
         for name in logical_axes
     )
     return jax.lax.with_sharding_constraint(
-        x, spec("activation", x.shape, logical_axes, dict(mesh.shape))
+        x, spec("activation", x.shape, logical_axes, dict(mesh.shape), rules)
     )
 
 

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 
 from instructax.batches import Layout, padded_layout, pytree
 from instructax.config import ModelConfig
+from instructax.models import decoding
 from instructax.models.attention import attending, heads_first
 from instructax.models.layers import Block
 from instructax.models.stored import Stored, heads_joined, like, look, put, store
 from instructax.models.transformer import embed, finish
-from instructax.partitioning import constrain_decoding
 
 Array = Any
 Params = Any
@@ -41,8 +41,9 @@ class Cache:
 
 
 def rollout_copy(params: Params, config: ModelConfig) -> Params:
-    """Parameters for decoding: a tuple of layers, in the compute dtype; the unembedding as well."""
+    """Parameters for decoding, where decoding has them: a tuple of layers, in the compute dtype; the unembedding as well."""
     copy = jax.tree.map(lambda p: p.astype(config.compute_dtype), params)
+    copy = decoding.placed(copy, config)
     copy["blocks"] = tuple(
         jax.tree.map(lambda p, i=i: p[i], copy["blocks"]) for i in range(config.num_layers)
     )
@@ -204,7 +205,7 @@ def decode(copy: Params, config: ModelConfig, token_B: Array, cache: Cache) -> t
         cache.position_BxS, position_Bx1, slot, axis=1
     )
     block = Block(config, decoding=True)
-    x = constrain_decoding(embed(copy, config, token_B[:, None], position_Bx1))
+    x = decoding.stream(embed(copy, config, token_B[:, None], position_Bx1), config)
     keys, values = [], []
     for i, params in enumerate(copy["blocks"]):
         band = _band(config, i)
@@ -212,11 +213,11 @@ def decode(copy: Params, config: ModelConfig, token_B: Array, cache: Cache) -> t
         if band is not None:
             mask = mask & (position_BxS > position_Bx1 - band)
 
-        def attend(q, k, v, i=i, mask=mask):
+        def attend(q, k, v, i=i, mask=mask, band=band):
             key, value = cache.key[i], cache.value[i]
             key = put(key, like(heads_first(k), key), 0, slot)
             value = put(value, like(heads_first(v), value), 0, slot)
-            return look(q, key, value, mask[:, None]), (key, value)
+            return look(q, key, value, mask[:, None], band), (key, value)
 
         x, (key, value) = _apply(block, params, x, position_Bx1, attend)
         keys.append(key)

@@ -256,4 +256,4 @@ def _next_logits(copy: Params, config: ModelConfig, x_BxD: Array) -> Array:
     # All rows meet the vocabulary's part of each chip, then every chip has the logits of its own rows.
     x_BxD = constrain(x_BxD, "replica", None)
     logits = logprobs.masked_logits(x_BxD, _unembedding(copy, config), config.vocab_size)
-    return constrain(logits, "batch", None)
+    return constrain(constrain(logits, "replica", "vocab"), "batch", None)

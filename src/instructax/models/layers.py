@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from instructax.config import ModelConfig
-from instructax.partitioning import constrain, constrain_decoding, constrain_stream
+from instructax.models import decoding
+from instructax.partitioning import constrain, constrain_stream
 
 Array = Any
 
@@ -109,13 +110,16 @@ class Attention(nn.Module):
     def __call__(self, x: Array, position_BxL: Array, attend: Attend) -> tuple[Array, Any]:
         c = self.config
         heads, groups, width = c.num_heads, c.kv_heads, c.head_width
+        if self.decoding:
+            x = decoding.to_kernels(x, c)
         q = Linear((heads, width), c.init_std, c.use_bias, name="q")(x)
         k = Linear((groups, width), c.init_std, c.use_bias, name="k")(x)
         v = Linear((groups, width), c.init_std, c.use_bias, name="v")(x)
         q, k, v = (checkpoint_name(x, QKV) for x in (q, k, v))
-        q = constrain(q, "batch", None, "heads", None)
         if self.decoding:
-            k, v = (constrain(x, "batch", None, "kv_heads", None) for x in (k, v))
+            q, k, v = decoding.to_cache(q, k, v, c)
+        else:
+            q = constrain(q, "batch", None, "heads", None)
         if c.qk_norm:
             q = Norm("rms", c.norm_eps, False, name="q_norm")(q)
             k = Norm("rms", c.norm_eps, False, name="k_norm")(k)
@@ -124,7 +128,7 @@ class Attention(nn.Module):
             k = rotate(k, position_BxL, c.rope_theta, c.rope_pairing)
         out, carry = attend(q, k, v)
         if self.decoding:
-            out = constrain(out, "replica", None, "heads", None)
+            out = decoding.from_cache(out, c)
         out = Linear((c.d_model,), self.residual_std, c.use_bias, 2, name="out")(out)
         return checkpoint_name(out, NARROW), carry
 
@@ -137,6 +141,8 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         c = self.config
+        if self.decoding:
+            x = decoding.to_kernels(x, c)
         hidden = Linear((c.mlp_width,), c.init_std, c.use_bias, name="up")(x)
         if c.activation == "swiglu":
             gate = Linear((c.mlp_width,), c.init_std, c.use_bias, name="gate")(x)
@@ -144,7 +150,10 @@ class Mlp(nn.Module):
         else:
             # Its several factors are computed again in the backward pass: they are as wide as the layer itself.
             hidden = jax.checkpoint(functools.partial(activation, c.activation))(hidden)
-        hidden = constrain(hidden, "replica" if self.decoding else "batch", None, "mlp")
+        if self.decoding:
+            hidden = decoding.hidden(hidden, c)
+        else:
+            hidden = constrain(hidden, "batch", None, "mlp")
         down = Linear((c.d_model,), self.residual_std, c.use_bias, name="down")(hidden)
         return checkpoint_name(down, NARROW)
 
@@ -169,7 +178,7 @@ class Block(nn.Module):
         mlp_norm = Norm(c.norm, c.norm_eps, c.use_bias, name="mlp_norm")
         attention = Attention(c, residual_std, self.decoding, name="attn")
         mlp = Mlp(c, residual_std, self.decoding, name="mlp")
-        stream = constrain_decoding if self.decoding else constrain_stream
+        stream = functools.partial(decoding.stream, config=c) if self.decoding else constrain_stream
         drop = nn.Dropout(c.dropout, deterministic=self.deterministic)
         pre = c.norm_position == "pre"
 

@@ -1,0 +1,81 @@
+"""Where parameters and activations lie on the mesh while one token a row is decoded.
+
+Kernels stay and activations travel (:data:`instructax.partitioning.DECODING`). The stream is divided by rows over
+``fsdp``. Before a product its rows are gathered; behind one that ends in the stream they are summed and dealt out
+again. Between them heads lie on ``fsdp``, but the cache divides rows, as training does: queries, keys
+and values change over, and what was looked up changes back. Where the mesh has no ``fsdp`` or does not divide the
+sizes, a kernel's d_model lies on it, and the stream's does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from instructax.config import ModelConfig
+from instructax.partitioning import DECODING, constrain, decoding_rules, param_specs
+
+Array = Any
+Params = Any
+
+
+def _rules(c: ModelConfig) -> Mapping[str, tuple[str, ...]]:
+    return decoding_rules(c.num_heads, c.kv_heads, c.d_model, c.mlp_width)
+
+
+def placed(params: Params, config: ModelConfig) -> Params:
+    """The training layout in that of decoding."""
+    rules = _rules(config)
+    if rules is not DECODING:
+        return params
+    shape = dict(jax.sharding.get_abstract_mesh().shape)
+    return jax.lax.with_sharding_constraint(params, param_specs(params, shape, rules))
+
+
+def stream(x_Bx1xD: Array, config: ModelConfig) -> Array:
+    """The residual stream between blocks."""
+    rules = _rules(config)
+    rows = "batch" if rules is DECODING else "replica"
+    return constrain(x_Bx1xD, rows, None, "d_model", rules=rules)
+
+
+def to_kernels(x_Bx1xD: Array, config: ModelConfig) -> Array:
+    """What a block's first products read."""
+    return constrain(x_Bx1xD, "replica", None, "d_model", rules=_rules(config))
+
+
+def hidden(x_Bx1xF: Array, config: ModelConfig) -> Array:
+    """The MLP's own width."""
+    return constrain(x_Bx1xF, "replica", None, "mlp", rules=_rules(config))
+
+
+def to_cache(q: Array, k: Array, v: Array, config: ModelConfig) -> tuple[Array, Array, Array]:
+    """Queries, keys and values from where kernels make heads to where the cache has them.
+
+    What has equally many heads travels together.
+    """
+    together = ((q, k, v),) if q.shape == k.shape else ((q,), (k, v))
+    q, k, v = (x for xs in together for x in _to_rows(xs, config))
+    return q, k, v
+
+
+def _to_rows(xs_Bx1xHxC: Sequence[Array], config: ModelConfig) -> Sequence[Array]:
+    rules = _rules(config)
+    if rules is DECODING:
+        x = jnp.concatenate(
+            [constrain(x, "replica", None, "heads", None, rules=rules) for x in xs_Bx1xHxC], axis=3
+        )
+        x = constrain(x, "replica", None, "heads", None, rules=rules)
+        xs_Bx1xHxC = jnp.split(constrain(x, "batch", None, None, None), len(xs_Bx1xHxC), axis=3)
+    return [constrain(x, "batch", None, "heads", None) for x in xs_Bx1xHxC]
+
+
+def from_cache(x_Bx1xHxC: Array, config: ModelConfig) -> Array:
+    """And back, to where a kernel takes them."""
+    rules = _rules(config)
+    if rules is DECODING:
+        x_Bx1xHxC = constrain(x_Bx1xHxC, "batch", None, None, None)
+    return constrain(x_Bx1xHxC, "replica", None, "heads", None, rules=rules)
