@@ -27,7 +27,7 @@ def config() -> Config:
     return _RECIPE(
         "instructgpt_6b",
         policy="gpt3-6.7b",
-        mesh=MeshConfig(data=1, fsdp=-1, model=1),
+        mesh=MeshConfig(data=2, fsdp=-1, model=1),
         sft=(9.65e-6, 32),
         init=(1.04e-5, 32),
         policy_rate=8.05e-6,
