@@ -9,11 +9,10 @@ sizes, a kernel's d_model lies on it, and the stream's does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from instructax.config import ModelConfig
 from instructax.partitioning import DECODING, constrain, decoding_rules, param_specs
@@ -52,25 +51,13 @@ def hidden(x_Bx1xF: Array, config: ModelConfig) -> Array:
     return constrain(x_Bx1xF, "replica", None, "mlp", rules=_rules(config))
 
 
-def to_cache(q: Array, k: Array, v: Array, config: ModelConfig) -> tuple[Array, Array, Array]:
-    """Queries, keys and values from where kernels make heads to where the cache has them.
-
-    What has equally many heads travels together.
-    """
-    together = ((q, k, v),) if q.shape == k.shape else ((q,), (k, v))
-    q, k, v = (x for xs in together for x in _to_rows(xs, config))
-    return q, k, v
-
-
-def _to_rows(xs_Bx1xHxC: Sequence[Array], config: ModelConfig) -> Sequence[Array]:
+def to_cache(x_Bx1xHxC: Array, config: ModelConfig) -> Array:
+    """From where a kernel makes heads to where the cache has them."""
     rules = _rules(config)
     if rules is DECODING:
-        x = jnp.concatenate(
-            [constrain(x, "replica", None, "heads", None, rules=rules) for x in xs_Bx1xHxC], axis=3
-        )
-        x = constrain(x, "replica", None, "heads", None, rules=rules)
-        xs_Bx1xHxC = jnp.split(constrain(x, "batch", None, None, None), len(xs_Bx1xHxC), axis=3)
-    return [constrain(x, "batch", None, "heads", None) for x in xs_Bx1xHxC]
+        x_Bx1xHxC = constrain(x_Bx1xHxC, "replica", None, "heads", None, rules=rules)
+        x_Bx1xHxC = constrain(x_Bx1xHxC, "batch", None, None, None)
+    return constrain(x_Bx1xHxC, "batch", None, "heads", None)
 
 
 def from_cache(x_Bx1xHxC: Array, config: ModelConfig) -> Array:

@@ -117,7 +117,7 @@ class Attention(nn.Module):
         v = Linear((groups, width), c.init_std, c.use_bias, name="v")(x)
         q, k, v = (checkpoint_name(x, QKV) for x in (q, k, v))
         if self.decoding:
-            q, k, v = decoding.to_cache(q, k, v, c)
+            q, k, v = (decoding.to_cache(x, c) for x in (q, k, v))
         else:
             q = constrain(q, "batch", None, "heads", None)
         if c.qk_norm:
