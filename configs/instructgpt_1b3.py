@@ -6,10 +6,8 @@ Planned for 8 v5p chips, never run (docs/plan.md):
 
     JAX_PLATFORMS=cpu launch/local.sh --flags tpu -- plan --config configs/instructgpt_1b3.py --topology v5p:2x2x2 --only ppo
 
-- Sampling 42.5, scoring 39.8 of 95 GiB a chip; the update in four parts and without the flags 34.6 (in two, as here, not planned).
-  On v6e not planned.
-- PPO, an iteration of 512 episodes at full length: sampling 50, scoring 15, update 83 s (in four parts, without the flags); the
-  update at 42% MFU, scoring at 65%.
+- The update 42.8 of 95 GiB a chip, in two parts; of an older plan sampling 42.5, scoring 39.8. On v6e not planned.
+- PPO, an iteration of 512 episodes at full length: update 56 s at 62% MFU; of an older plan sampling 50, scoring 15 s.
 - 0.97 PF/s-days of the model's FLOPs.
 - SFT, reward model and evaluation: not planned.
 

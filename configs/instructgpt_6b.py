@@ -6,12 +6,11 @@ Planned for 16 v5p chips, never run (docs/plan.md):
 
     JAX_PLATFORMS=cpu launch/local.sh --flags tpu -- plan --config configs/instructgpt_6b.py --topology v5p:2x2x4 --only ppo
 
-- Largest program `ppo/update`: 58.1 of 95 GiB a chip, each minibatch in two parts. On v6e not planned.
-- PPO, an iteration of 512 episodes at full length: 168 s (prefill 2, decode 31, score 14, update 120); the update at 51% MFU,
-  scoring at 56%, decoding at 32% of its bandwidth bound; 500 iterations: 23.3 hours.
+- Largest program `ppo/update`: 76.3 of 95 GiB a chip, each minibatch in two parts (53.0 with `--mesh.data 1`). On v6e not planned.
+- PPO, an iteration of 512 episodes at full length: 120 s (prefill 1, decode 12, score 14, update 93); the update at 66% MFU,
+  decoding at 48% of its bandwidth bound; 500 iterations: 17 hours. (Scoring is of an older plan.)
 - 3.04 PF/s-days of the model's FLOPs.
-- SFT (`--only sft/step`) with whole products (docs/plan.md: one flag more): 656 ms a step, 59% MFU, 11.9 GiB; with
-  `--model.remat none` 602 ms, 64%, 41.6 GiB.
+- SFT (`--only sft/step`): 758 ms a step, 51% MFU, 18.9 GiB; docs/plan.md says how it becomes 59%.
 - Reward model and evaluation: not planned.
 """
 
@@ -27,6 +26,7 @@ def config() -> Config:
     return _RECIPE(
         "instructgpt_6b",
         policy="gpt3-6.7b",
+        # fsdp within the planes of 2x2x4: the compiler sums gradients into parts there (docs/plan.md).
         mesh=MeshConfig(data=2, fsdp=-1, model=1),
         sft=(9.65e-6, 32),
         init=(1.04e-5, 32),

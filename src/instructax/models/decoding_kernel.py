@@ -19,12 +19,10 @@ from instructax.partitioning import RULES, free_axes, parts, platform
 Array = Any
 
 LANES = 128
-BLOCK = (
-    2**18
-)  # numbers of a block: larger ones hold more that no row sees, smaller ones are more steps
-RUNS = (
-    3  # of slots that a row sees: its prompt, and its own tokens in a ring that may have come round
-)
+# Numbers of a block: larger ones hold more that no row sees, smaller ones are more steps.
+BLOCK = 2**18
+# Of slots that a row sees: its prompt, and its own tokens in a ring that may have come round.
+RUNS = 3
 UNSEEN = -1e30  # a score that no exponential tells from minus infinity
 
 
