@@ -36,7 +36,7 @@ from instructax.data.convert import open_assistant
 from instructax.data.tokenizer import Tokenizer, train_tokenizer
 from instructax.models import functional as model
 from instructax.records import prompt_text
-from instructax.rl.packing import episode_rows
+from instructax.rl.packing import episode_rows, scored_rows
 from instructax.steps import ppo as ppo_steps
 from instructax.steps.optimizer import make_optimizer
 from instructax.steps.rollout import score_rollout
@@ -118,6 +118,7 @@ def ppo(found: demonstrations.DemonstrationExamples, packed: bool):
     )
     order = np.arange(EPISODES, dtype=np.int32).reshape(-1, MINIBATCH)
     rows = episode_rows(order, prompts.mask_BxP, length_B, WIDTH, packed=packed)
+    scored = scored_rows(rows, WIDTH, 2 * WIDTH)
     shape = (len(order), 1, 2)  # at gamma = 0 no text is read
     none = padded_layout(np.zeros(shape[1:], np.int32), np.zeros(shape[1:], bool))
     none = jax.tree.map(lambda x: np.broadcast_to(np.asarray(x), shape), none)
@@ -132,7 +133,7 @@ def ppo(found: demonstrations.DemonstrationExamples, packed: bool):
 
     def run() -> int:
         nonlocal state
-        state, found = update(state, rollout, text, metrics["objective/kl"], rows)
+        state, found = update(state, rollout, text, metrics["objective/kl"], rows, scored)
         jax.block_until_ready(found)
         return int((prompt_B + length_B).sum())
 

@@ -23,19 +23,24 @@ def _prompt_and(case: Case, ways: int, unembedded: float) -> float:
     return w.rows * (prompt + ways * _forward(m, w.prompt, w.response, unembedded))
 
 
+def reading(case: Case, unembedded: float) -> float:
+    """The least floating-point operations of one network's look at prompts and a response each."""
+    return _prompt_and(case, 1, unembedded)
+
+
 def flops(case: Case) -> float:
     """The least floating-point operations."""
     w = case.work
     if w.kind == "sft":
-        return 3 * _prompt_and(case, 1, w.response)
+        return 3 * reading(case, w.response)
     if w.kind == "reward":
         return 3 * _prompt_and(case, w.ways, 0.0)
-    sampled = _prompt_and(case, 1, w.response)
+    sampled = reading(case, w.response)
     if w.kind == "generate":
         return sampled
     # Old log-probabilities are the sampler's; the reference reads the words, value and reward a scalar.
-    scored = sampled + 2 * _prompt_and(case, 1, 0.0)
-    updated = 3 * (sampled + _prompt_and(case, 1, 0.0))
+    scored = sampled + 2 * reading(case, 0.0)
+    updated = 3 * (sampled + reading(case, 0.0))
     return sampled + scored + w.epochs * updated
 
 

@@ -35,6 +35,10 @@ def test_first_fit_places_each_item_once_where_it_first_fits(sizes):
 def test_first_fit_refuses_what_fits_nowhere():
     with pytest.raises(ValueError, match=r"size_n\[1\] is 11"):
         first_fit([3, 11], 10)
+    # Two sizes, each with a capacity of its own.
+    assert first_fit(np.array([[4, 3], [4, 0], [1, 3], [2, 1]]), (10, 4)) == [[0, 1, 3], [2]]
+    with pytest.raises(ValueError, match=r"size_n\[0\] is \[4, 5\]"):
+        first_fit(np.array([[4, 5]]), (10, 4))
 
 
 TOKEN, MASK = np.ones((2, 3), np.int32), np.ones((2, 3), bool)

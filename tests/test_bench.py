@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench import __main__ as run
-from bench import cases, columns, roofline, table, worker
+from bench import cases, columns, flops, roofline, table, worker
 
 EVERY = cases.cpu_cases() + cases.gpu_cases()
 OURS = [case for case in EVERY if "ours" in case.columns]
@@ -166,6 +166,15 @@ def test_the_gpu_table_says_what_was_not_measured_and_has_the_makers_peak():
 
 
 # The least work.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", flops.FORMS)
+def test_compiled_phases_compute_little_more_than_they_must(form):
+    """Whatever the hardware: products in the compiled text, loops as often as they run."""
+    small = next(c for c in cases.cpu_cases() if c.name == form and c.size == "small")
+    for name, lowered, turns, least in flops.phases(small):
+        assert 0.97 < flops.compiled_flops(lowered, turns) / least < 1.15, name
 
 
 def test_least_flops_by_hand():

@@ -550,7 +550,7 @@ def test_model_flops_are_six_a_parameter_and_token_and_the_attention():
     assert counted == pytest.approx(6 * 174.6e9, rel=0.01)
     attention = model_flops.train(m, 1.0, 2048.0) - counted
     assert attention == 12 * 96 * 12288 * 2048
-    scalar = model_flops.train(m, 1.0, 0.0, scalar=True)
+    scalar = model_flops.train(m, 1.0, 0.0, unembedded=0.0)
     assert counted - scalar == 6 * 12288 * 50257
 
 

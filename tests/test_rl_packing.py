@@ -15,6 +15,7 @@ from instructax.rl.packing import (
     on_rows,
     packed_rows,
     padded_rows,
+    scored_rows,
     take,
     take_layout,
 )
@@ -78,6 +79,23 @@ def test_an_episode_that_leaves_its_row_is_refused(start, length):
 def test_shards_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="order_UxM has 3"):
         packed_rows(np.arange(3)[None], np.zeros(3, int), np.ones(3, int), WIDTH, shards=2)
+
+
+def test_half_of_a_rows_slots_are_of_responses_where_these_are_no_longer_than_prompts():
+    rng = np.random.default_rng(5)
+    prompt_B, response_B = rng.integers(1, 17, 40), rng.integers(12, 17, 40)
+    mask = np.arange(16) >= (16 - prompt_B)[:, None]
+    source = episode_rows(np.arange(40)[None], mask, response_B, 16)
+    scored = scored_rows(source, 16, 32)
+    assert scored.shape == (1, source.shape[1], 16)
+    of_response = np.take_along_axis(source, np.maximum(scored, 0), axis=2)[scored >= 0]
+    assert (of_response % 32 >= 16).all() and of_response.size == response_B.sum()
+    assert sorted(source[source >= 0] // 32) == sorted(
+        np.repeat(np.arange(40), prompt_B + response_B)
+    )
+    # Longer responses fill rows as they come, and every slot is scored.
+    source = episode_rows(np.arange(40)[None], mask, np.full(40, 17), 17)
+    assert scored_rows(source, 16, 33) is None
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from instructax.batches import padded_layout
+from instructax.batches import padded_layout, scored_slots
 from instructax.config import OptimizerConfig, PpoConfig
 from instructax.losses.ppo_ptx import combine_gradients
 from instructax.models import functional as model
@@ -262,6 +262,40 @@ def test_packed_rows_update_like_padded_ones(w):
     tiny.assert_close(state.policy.params, expected.policy.params, atol=2e-5)
     tiny.assert_close(state.value.params, expected.value.params, atol=2e-5)
     tiny.assert_close(metrics, padded, rtol=1e-4, atol=1e-5)
+
+
+def responses_in(source_UxRxL) -> np.ndarray:
+    """scored_rows, whose M is half of L, of responses that may be longer than their prompts."""
+    is_response = (source_UxRxL >= 0) & (source_UxRxL % (WIDTH + RESPONSE) >= WIDTH)
+    scored_NxM = scored_slots(is_response.reshape(-1, is_response.shape[2]))
+    return scored_NxM.reshape(*is_response.shape[:2], -1)
+
+
+@pytest.mark.laws
+def test_logits_of_responses_alone_change_nothing(w):
+    """Scores and updates, on packed rows and on padded ones; and a slot left out is missed."""
+    order_UxM = np.array([[2, 1, 0], [4, 2, 0]])
+    for source_UxRxL in (packed(w, order_UxM), padded_rows(order_UxM, WIDTH + RESPONSE)):
+        scored_UxRxM = responses_in(source_UxRxL)
+        assert scored_UxRxM.shape[2] < WIDTH + RESPONSE
+        step, rollout = iteration(CONFIG), scored(w)[0]
+        arguments = rollout, w.ptx, jnp.float32(1.0), source_UxRxL
+        state, metrics = step(start(w), *arguments, scored_UxRxM)
+        expected, whole = step(start(w), *arguments)
+        tiny.assert_close(state.policy.params, expected.policy.params, atol=2e-5)
+        tiny.assert_close(metrics, whole, rtol=1e-4, atol=1e-5)
+    missed = np.where(scored_UxRxM == scored_UxRxM[0, 0, 0], -1, scored_UxRxM)
+    other = step(start(w), *arguments, missed)[1]
+    assert abs(float(other["ppo/policy/approxkl"] - whole["ppo/policy/approxkl"])) > 1e-4
+
+    source_RxL = packed(w, np.arange(len(LENGTHS))[None])
+    scored_RxM = responses_in(source_RxL)[0]
+    tight = scorer(CONFIG)(
+        w.policy, w.reference, w.value, w.reward, w.prompts, w.responses, jnp.float32(0.3), KEY,
+        source_RxL[0], scored_RxM,
+    )  # fmt: skip
+    for got, want in zip(tight, scored(w), strict=True):
+        tiny.assert_close(got, want, atol=1e-5)
 
 
 @pytest.mark.laws

@@ -126,6 +126,9 @@ class Rollout:
     old_value_BxL: Array  # float32
     advantage_BxL: Array  # float32, whitened
     return_BxL: Array  # float32
+    scored_BxM: Array | None = (
+        None  # int32, what scored_slots returns of mask: None scores every slot
+    )
 
 
 def padded_layout(token_BxL: Array, mask_BxL: Array) -> Layout:
@@ -175,15 +178,15 @@ def check_layout(layout: Layout) -> None:
 _SCORED_WIDTHS = 8
 
 
-def scored_slots(weight_BxL: np.ndarray) -> np.ndarray | None:
+def scored_slots(weight_BxL: np.ndarray, widths: int = _SCORED_WIDTHS) -> np.ndarray | None:
     """scored_BxM: the slots of each row whose weight is not 0, in order, -1 behind them.
 
-    Only there are logits needed. M is the largest number in a row, rounded up to an eighth of L; None
+    Only there are logits needed. M is the largest number in a row, rounded up to a ``widths``-th of L; None
     where that is all of L.
     """
     length = weight_BxL.shape[1]
     counted_BxL = np.asarray(weight_BxL) != 0
-    step = -(-length // _SCORED_WIDTHS)
+    step = -(-length // widths)
     width = step * max(1, -(-int(counted_BxL.sum(axis=1).max(initial=0)) // step))
     if width >= length:
         return None
@@ -191,18 +194,26 @@ def scored_slots(weight_BxL: np.ndarray) -> np.ndarray | None:
     return np.where(np.take_along_axis(counted_BxL, first_BxL, axis=1), first_BxL, -1)[:, :width]
 
 
-def first_fit(size_n: Sequence[int], capacity: int, max_rows: int | None = None) -> list[list[int]]:
+def first_fit(
+    size_n: Sequence[int] | np.ndarray,
+    capacity: int | Sequence[int],
+    max_rows: int | None = None,
+) -> list[list[int]]:
     """First-fit bin packing: each item, in order, goes to the first row with room.
 
-    Returns the items of each row. With ``max_rows`` the packing stops before the first item that
-    finds no room; later items are then in no row. ValueError where an item exceeds ``capacity``.
+    Items may have several sizes, n x D, each with a capacity of its own. Returns the items of each row. With
+    ``max_rows`` the packing stops before the first item that finds no room; later items are then in no row.
+    ValueError where an item exceeds ``capacity``.
     """
     rows: list[list[int]] = []
-    room = np.zeros(max(1, len(size_n)), np.int64)
-    for item, size in enumerate(size_n):
-        if size > capacity:
-            raise ValueError(f"size_n[{item}] is {size}, more than the capacity {capacity}")
-        fits = room[: len(rows)] >= size
+    size_nxD = np.asarray(size_n, np.int64)
+    size_nxD = size_nxD[:, None] if size_nxD.ndim == 1 else size_nxD
+    room = np.zeros((max(1, len(size_n)), size_nxD.shape[1]), np.int64)
+    for item, size in enumerate(size_nxD):
+        if (size > capacity).any():
+            shown = size[0] if size.size == 1 else size.tolist()
+            raise ValueError(f"size_n[{item}] is {shown}, more than the capacity {capacity}")
+        fits = (room[: len(rows)] >= size).all(axis=1)
         row = int(fits.argmax()) if fits.any() else len(rows)
         if row == len(rows):
             if max_rows is not None and row == max_rows:

@@ -173,13 +173,18 @@ def token_statistics(
     *,
     temperature: float = 1.0,
     dropout_key: Array | None = None,
+    scored_BxM: Array | None = None,
 ) -> dict[str, Array]:
     """{"logp": BxL, "entropy": BxL} in nats; the entropy is of the distribution the token came from.
+
+    ``scored_BxM``: as in :func:`token_logprobs`; both are 0 elsewhere.
 
     Raises:
       TypeError, ValueError: an argument of the wrong dtype or shape, by name.
     """
-    logp, entropy = _statistics(params, model_config, layout, temperature, dropout_key, True)
+    logp, entropy = _statistics(
+        params, model_config, layout, temperature, dropout_key, True, scored_BxM
+    )
     return {"logp": logp, "entropy": entropy}
 
 

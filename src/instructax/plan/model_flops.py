@@ -29,6 +29,8 @@ def forward(
     return trunk + words * 2.0 * m.d_model * m.vocab_size
 
 
-def train(m: ModelConfig, tokens: float, context: float, *, scalar: bool = False) -> float:
-    """Forward and backward: three times forward."""
-    return 3.0 * forward(m, tokens, context, unembedded=0.0 if scalar else None)
+def train(
+    m: ModelConfig, tokens: float, context: float, *, unembedded: float | None = None
+) -> float:
+    """Forward and backward: three times :func:`forward`."""
+    return 3.0 * forward(m, tokens, context, unembedded=unembedded)

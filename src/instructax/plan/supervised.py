@@ -137,7 +137,7 @@ class Supervised(Shapes):
             jax.jit(step, donate_argnums=0, out_shardings=(shardings(state), None)),
             (state, batch),
             passed=bytes_of(state),
-            model_flops=model_flops.train(m, tokens, c.row_length, scalar=True),
+            model_flops=model_flops.train(m, tokens, c.row_length, unembedded=0.0),
             least_moved=least_moves.train(
                 m, tokens, self.mesh.shape, c.grad_accumulation, scalar=True
             ),

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instructax.batches import Layout, Rollout, first_fit, padded_layout
+from instructax.batches import Layout, Rollout, first_fit, padded_layout, scored_slots
 from instructax.partitioning import constrain
 
 Array = Any
@@ -37,6 +37,7 @@ def packed_rows(
     width: int,
     shards: int = 1,
     share: int = 1,
+    response_B: np.ndarray | None = None,
 ) -> np.ndarray:
     """source_UxRxL with the M episodes of each of U groups packed into R <= M rows, longest first.
 
@@ -47,6 +48,7 @@ def packed_rows(
       width: slots of a padded row.
       shards: R is a multiple of it; M must be.
       share: L is as many times ``width``, so that R <= M / share, rounded up.
+      response_B: slots of each episode's response, at most width / 2; those of a row are then at most L / 2.
 
     Raises:
       ValueError: an episode that leaves its row, or M that ``shards`` does not divide.
@@ -60,7 +62,11 @@ def packed_rows(
     there_UxM = [order_M[order_M >= 0] for order_M in order_UxM]
     longest_first_UxM = [order_M[length_B[order_M].argsort()[::-1]] for order_M in there_UxM]
     capacity, most = share * width, -(-size // share // shards) * shards
-    plans = [first_fit(length_B[order_M].tolist(), capacity) for order_M in longest_first_UxM]
+    size_Bx2 = np.stack(
+        [length_B, np.zeros_like(length_B) if response_B is None else response_B], 1
+    )
+    room = (capacity, capacity // 2)
+    plans = [first_fit(size_Bx2[order_M], room) for order_M in longest_first_UxM]
     needed = max(map(len, plans))
     step = -(-most // PARTS // shards) * shards if most >= PARTS * shards else shards
     rows = min(most, -(-needed // step) * step)
@@ -84,7 +90,10 @@ def episode_rows(
     packed: bool = True,
     shards: int = 1,
 ) -> np.ndarray:
-    """source_UxRxL of sampled episodes: left-padded prompts of P slots, responses in ``slots`` more."""
+    """source_UxRxL of sampled episodes: left-padded prompts of P slots, responses in ``slots`` more.
+
+    Where responses cannot be longer than prompts, half of a row's slots at most are theirs (:func:`scored_rows`).
+    """
     prompt_slots = prompt_mask_BxP.shape[1]
     if not packed:
         return padded_rows(order_UxM, prompt_slots + slots)
@@ -95,7 +104,21 @@ def episode_rows(
         prompt_B + np.asarray(response_length_B),
         prompt_slots + slots,
         shards,
+        response_B=np.asarray(response_length_B) if slots <= prompt_slots else None,
     )
+
+
+def scored_rows(source_UxRxL: np.ndarray, prompt_slots: int, width: int) -> np.ndarray | None:
+    """scored_UxRxM: the slots of :func:`episode_rows` that hold a response, -1 behind them; M is half of L.
+
+    Only there are logits needed. None, which is all of them, where responses may be longer than prompts: M would
+    depend on the data, and another M is another program.
+    """
+    if 2 * prompt_slots < width:
+        return None
+    is_response_UxRxL = (source_UxRxL >= 0) & (source_UxRxL % width >= prompt_slots)
+    scored_NxM = scored_slots(is_response_UxRxL.reshape(-1, source_UxRxL.shape[2]), widths=2)
+    return None if scored_NxM is None else scored_NxM.reshape(*source_UxRxL.shape[:2], -1)
 
 
 def prompt_rows(mask_MxP: np.ndarray, group: int | None = None, shards: int = 1) -> np.ndarray:
@@ -178,7 +201,7 @@ def take_layout(layout: Layout, source_RxL: Array) -> Layout:
     )
 
 
-def take_rollout(rollout: Rollout, source_RxL: Array) -> Rollout:
+def take_rollout(rollout: Rollout, source_RxL: Array, scored_RxM: Array | None = None) -> Rollout:
     """A minibatch of frozen episodes: what PPO froze travels with the tokens."""
     return Rollout(
         layout=take_layout(rollout.layout, source_RxL),
@@ -187,6 +210,7 @@ def take_rollout(rollout: Rollout, source_RxL: Array) -> Rollout:
         old_value_BxL=take(rollout.old_value_BxL, source_RxL),
         advantage_BxL=take(rollout.advantage_BxL, source_RxL),
         return_BxL=take(rollout.return_BxL, source_RxL),
+        scored_BxM=None if scored_RxM is None else constrain(scored_RxM, "batch", None),
     )
 
 

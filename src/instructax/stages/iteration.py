@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from instructax.rl.packing import episode_rows
+from instructax.rl.packing import episode_rows, scored_rows
 from instructax.runtime import mesh
 from instructax.stages.context import Run
 from instructax.stages.sampling import prompt_plan, rollout_slots, stop_ids
@@ -85,8 +85,14 @@ def programs(
     rollout_key = run.key("ppo/rollout")
     score_key, order_key = run.key("ppo/shuffled_scores"), run.key("ppo/minibatches")
 
-    rows = functools.partial(episode_rows, slots=c.response_length, packed=c.packed)
-    shards = mesh.shards(run.mesh)
+    shards, width = mesh.shards(run.mesh), c.prompt_length + c.response_length
+
+    def rows(order_UxM, prompt_mask_BxP, length_B, parts: int):
+        """Where episodes lie, and which slots of theirs are scored."""
+        source_UxRxL = episode_rows(
+            order_UxM, prompt_mask_BxP, length_B, c.response_length, packed=c.packed, shards=parts
+        )
+        return source_UxRxL, scored_rows(source_UxRxL, c.prompt_length, width)
 
     def iterate(state: PpoState, i: int, prompt_batch, text) -> tuple[PpoState, dict[str, Any]]:
         began = time.perf_counter()
@@ -98,6 +104,7 @@ def programs(
         length_B = np.asarray(length)  # rows are planned on the host
         sampled = time.perf_counter()
         everyone = np.arange(c.batch_size, dtype=np.int32)[None]
+        source_1xRxL, scored_1xRxM = rows(everyone, prompt_batch.mask_BxP, length_B, shards)
         reference, reward = frozen()
         rollout, metrics, _ = score(
             policy,
@@ -108,18 +115,17 @@ def programs(
             responses,
             state.kl_coef,
             jax.random.fold_in(score_key, i),
-            rows(everyone, prompt_batch.mask_BxP, length_B, shards=shards)[0],
+            source_1xRxL[0],
+            None if scored_1xRxM is None else scored_1xRxM[0],
             # Arguments and not constants: other seeds have other scales, and the same program.
             reward_gain=scale["gain"],
             reward_bias=scale["bias"],
         )
         del reference, reward
         order_UxM = np.asarray(order(jax.random.fold_in(order_key, i)))
-        source_UxRxL = rows(
-            order_UxM, prompt_batch.mask_BxP, length_B, shards=shards * c.grad_accumulation
-        )
+        planned = rows(order_UxM, prompt_batch.mask_BxP, length_B, shards * c.grad_accumulation)
         scored = _ready_at(rollout)
-        state, update_metrics = update(state, rollout, text, metrics["objective/kl"], source_UxRxL)
+        state, update_metrics = update(state, rollout, text, metrics["objective/kl"], *planned)
         updated = _ready_at(update_metrics)
         times = {
             "timing/rollout": sampled - began,

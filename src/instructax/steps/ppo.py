@@ -48,7 +48,11 @@ def policy_objective(model_config: ModelConfig, config: PpoConfig) -> Objective:
 
     def network(params: Params, minibatch: Rollout, _: None) -> dict[str, Array]:
         return model.token_statistics(
-            params, model_config, minibatch.layout, temperature=config.temperature
+            params,
+            model_config,
+            minibatch.layout,
+            temperature=config.temperature,
+            scored_BxM=minibatch.scored_BxM,
         )
 
     def loss(statistics: dict[str, Array], minibatch: Rollout, normalizer: Array | None):
@@ -221,6 +225,7 @@ def ppo_iteration(
     ptx_batches: LmBatch,
     observed_kl: Array,
     source_UxRxL: Array,
+    scored_UxRxM: Array | None = None,
     *,
     config: PpoConfig,
     **networks: Any,
@@ -233,6 +238,8 @@ def ppo_iteration(
       observed_kl: nats a sequence, of this iteration's rollout.
       source_UxRxL: the episodes of each update and how they lie in rows; :func:`minibatch_order`
         with :func:`~instructax.rl.packing.padded_rows` or ``packed_rows``.
+      scored_UxRxM: the slots of those rows with a response (:func:`~instructax.rl.packing.scored_rows`);
+        None computes the logits of every slot.
       networks: model_config, reward_config, policy_optimizer, value_optimizer of :func:`ppo_update`.
 
     Returns:
@@ -241,11 +248,11 @@ def ppo_iteration(
     """
 
     def one(state, scanned):
-        source_RxL, ptx_batch = scanned
-        minibatch = take_rollout(rollout, source_RxL)
+        source_RxL, scored_RxM, ptx_batch = scanned
+        minibatch = take_rollout(rollout, source_RxL, scored_RxM)
         return ppo_update(state, minibatch, ptx_batch, config=config, **networks)
 
-    state, metrics = jax.lax.scan(one, state, (source_UxRxL, ptx_batches))
+    state, metrics = jax.lax.scan(one, state, (source_UxRxL, scored_UxRxM, ptx_batches))
     first_deviation = metrics["val/ratio_max_deviation"][0]
     metrics = {name: value.mean() for name, value in metrics.items()}
     metrics["val/first_ratio_deviation"] = first_deviation

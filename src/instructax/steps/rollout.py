@@ -157,6 +157,7 @@ def score_rollout(
     kl_coef: Array,
     key: Array,
     source_RxL: Array | None = None,
+    scored_RxM: Array | None = None,
     *,
     config: PpoConfig,
     model_config: ModelConfig,
@@ -173,6 +174,8 @@ def score_rollout(
     Args:
       source_RxL: the rows on which the networks read the episodes (:mod:`instructax.rl.packing`);
         None reads a padded row an episode. The results are the same.
+      scored_RxM: the slots of those rows with a response (:func:`instructax.rl.packing.scored_rows`);
+        None computes the logits of every slot.
 
     Returns:
       (rollout, metrics, per-episode {"score", "kl", "length"} arrays for the samples file).
@@ -188,10 +191,10 @@ def score_rollout(
     score_B = apply_missing_eos(raw_B, finished_B, config.missing_eos, missing_eos_value(config))
 
     def networks(rows: Layout) -> tuple[dict[str, Array], Array, Array]:
-        temperature = config.temperature
+        how: dict[str, Any] = {"temperature": config.temperature, "scored_BxM": scored_RxM}
         return (
-            model.token_statistics(policy, model_config, rows, temperature=temperature),
-            model.token_logprobs(reference, model_config, rows, temperature=temperature),
+            model.token_statistics(policy, model_config, rows, **how),
+            model.token_logprobs(reference, model_config, rows, **how),
             values_before(value, reward_config, rows),
         )
 
