@@ -47,13 +47,10 @@ def policy_objective(model_config: ModelConfig, config: PpoConfig) -> Objective:
     """The clipped surrogate on a minibatch. Dropout is off, as it was at rollout (trap T7)."""
 
     def network(params: Params, minibatch: Rollout, _: None) -> dict[str, Array]:
-        return model.token_statistics(
-            params,
-            model_config,
-            minibatch.layout,
-            temperature=config.temperature,
-            scored_BxM=minibatch.scored_BxM,
-        )
+        how: dict[str, Any] = {"temperature": config.temperature}
+        if minibatch.scored_BxM is not None:
+            how["scored_BxM"] = minibatch.scored_BxM
+        return model.token_statistics(params, model_config, minibatch.layout, **how)
 
     def loss(statistics: dict[str, Array], minibatch: Rollout, normalizer: Array | None):
         loss, metrics = clipped_policy_loss(

@@ -191,7 +191,9 @@ def score_rollout(
     score_B = apply_missing_eos(raw_B, finished_B, config.missing_eos, missing_eos_value(config))
 
     def networks(rows: Layout) -> tuple[dict[str, Array], Array, Array]:
-        how: dict[str, Any] = {"temperature": config.temperature, "scored_BxM": scored_RxM}
+        how: dict[str, Any] = {"temperature": config.temperature}
+        if scored_RxM is not None:
+            how["scored_BxM"] = scored_RxM
         return (
             model.token_statistics(policy, model_config, rows, **how),
             model.token_logprobs(reference, model_config, rows, **how),
