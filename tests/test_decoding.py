@@ -94,3 +94,4 @@ def test_every_mesh_decodes_the_same(which):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "the same"
+    assert "rematerialization" not in done.stderr, "an array that the partitioner gathered whole"

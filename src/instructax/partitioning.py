@@ -30,6 +30,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "length": ("model",),
     "layers": (),
     "vocab": ("model", "fsdp"),
+    "vocab_of_rows": ("model",),  # of logits whose rows lie on fsdp
     "position": (),
     "features": (),
     "d_model": ("fsdp",),

@@ -261,4 +261,7 @@ def _next_logits(copy: Params, config: ModelConfig, x_BxD: Array) -> Array:
     # All rows meet the vocabulary's part of each chip, then every chip has the logits of its own rows.
     x_BxD = constrain(x_BxD, "replica", None)
     logits = logprobs.masked_logits(x_BxD, _unembedding(copy, config), config.vocab_size)
-    return constrain(constrain(logits, "replica", "vocab"), "batch", None)
+    # In steps, each of which the partitioner knows how to take: fsdp goes from words to rows, then model is gathered.
+    for axes in (("replica", "vocab"), ("batch", "vocab_of_rows"), ("batch", None)):
+        logits = constrain(logits, *axes)
+    return logits
