@@ -684,9 +684,9 @@ def test_arms_are_planned_once_a_shape_and_with_their_own_numbers():
     assert list(found) == ["ppo/update", "ppo:ptx_only/update", "ppo:short/update"]
     whole, ptx_only, short = found.values()
     assert (whole.iterations, ptx_only.iterations, short.iterations) == (100, 100, 10)
-    # No way back through the policy on episodes: of 3 forwards there, 1 is left.
+    # No way back through the policy on episodes: of 3 forwards there, 1 is left. Half of the slots are responses'.
     tokens, width = 16 * 32 * config.ppo.inner_epochs, 32
-    saved = 2 * model_flops.forward(MODEL, tokens, width)
+    saved = 2 * model_flops.forward(MODEL, tokens, width, unembedded=tokens / 2)
     assert whole.model_flops - ptx_only.model_flops == pytest.approx(saved)
 
 
