@@ -27,7 +27,7 @@ import numpy as np
 
 from bench import cases, ours, roofline
 from bench.cases import Case
-from instructax.batches import LmBatch, Responses, padded_layout
+from instructax.batches import Responses
 from instructax.models import functional as model
 from instructax.plan import chips, timing
 from instructax.rl.packing import episode_rows, scored_rows
@@ -83,9 +83,8 @@ def phases(case: Case) -> Iterator[tuple[str, Any, int, float]]:
         episode_rows, prompt_mask_BxP=prompts.mask_BxP, response_length_B=length_B, slots=w.response
     )
     everyone = planned(np.arange(w.rows, dtype=np.int32)[None])
-    scored = scored_rows(everyone, w.prompt, width)
-    assert scored is not None
-    arguments = (*networks, prompts, responses, scale, key, everyone[0], scored[0])
+    one, scored = jax.tree.map(lambda x: x[0], (everyone, scored_rows(everyone, w.prompt, width)))
+    arguments = (*networks, prompts, responses, scale, key, one, scored)
     words = roofline.reading(case, w.response)
     scalars = roofline.reading(case, 0.0)
     score = functools.partial(score_rollout, **fixed, eos_id=ours.NEVER)
@@ -93,11 +92,7 @@ def phases(case: Case) -> Iterator[tuple[str, Any, int, float]]:
     rollout, metrics, _ = jax.eval_shape(score, *arguments)
     order = np.tile(np.arange(w.rows, dtype=np.int32), (w.epochs, 1))
     rows = planned(order)
-    shape = (w.epochs, 1, 2)  # at gamma = 0 no text is read
-    none = padded_layout(np.zeros(shape[1:], np.int32), np.zeros(shape[1:], bool))
-    none = jax.tree.map(lambda x: np.broadcast_to(np.asarray(x), shape), none)
     begun = PpoState(state("lm"), state("scalar"), init("lm"), scale, jnp.int32(0))
-    text = LmBatch(none, np.zeros(shape, np.float32))
     update = functools.partial(
         ppo_steps.ppo_iteration, **fixed, policy_optimizer=optimizer, value_optimizer=optimizer
     )
@@ -105,7 +100,7 @@ def phases(case: Case) -> Iterator[tuple[str, Any, int, float]]:
         update,
         begun,
         rollout,
-        text,
+        ours.no_text(w.epochs),
         metrics["objective/kl"],
         rows,
         scored_rows(rows, w.prompt, width),

@@ -113,6 +113,13 @@ def prompt_batch(case: Case) -> PromptBatch:
     return PromptBatch(token_BxP, np.ones(token_BxP.shape, bool), np.arange(rows, dtype=np.int32))
 
 
+def no_text(updates: int) -> LmBatch:
+    """Pretraining text is not read at gamma = 0: one row of two tokens an update stands in for it."""
+    layout = padded_layout(np.zeros((1, 2), np.int32), np.zeros((1, 2), bool))
+    rows = LmBatch(layout, np.zeros((1, 2), np.float32))
+    return jax.tree.map(lambda x: np.broadcast_to(np.asarray(x), (updates, *x.shape)), rows)
+
+
 def _params(case: Case, lay, head: str, seed: int = 0):
     config = model_config(case.shape)
     return mesh.init_sharded(lay, lambda: model.init(jax.random.key(seed), config, head))
@@ -205,12 +212,7 @@ def _ppo(case: Case, lay) -> Callable[[], Any]:
     iterate = iteration.programs(
         run, lambda: (reference, reward), scale, optimizer, optimizer, placed
     )
-    # Pretraining text is not read at gamma = 0: one row of two tokens an update stands in for it.
-    shape = (case.work.epochs, 1, 2)
-    none = padded_layout(np.zeros(shape[1:], np.int32), np.zeros(shape[1:], bool))
-    none = jax.tree.map(lambda x: np.broadcast_to(np.asarray(x), shape), none)
-    text, prompts = LmBatch(none, np.zeros(shape, np.float32)), prompt_batch(case)
-    done = 0
+    text, prompts, done = no_text(case.work.epochs), prompt_batch(case), 0
 
     def once():
         nonlocal state, done

@@ -28,8 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.cases import SMALL
-from bench.ours import ADAMW, model_config
-from instructax.batches import LmBatch, PromptBatch, Responses, padded_layout
+from bench.ours import ADAMW, model_config, no_text
+from instructax.batches import PromptBatch, Responses
 from instructax.config import PpoConfig
 from instructax.data import demonstrations
 from instructax.data.convert import open_assistant
@@ -119,10 +119,7 @@ def ppo(found: demonstrations.DemonstrationExamples, packed: bool):
     order = np.arange(EPISODES, dtype=np.int32).reshape(-1, MINIBATCH)
     rows = episode_rows(order, prompts.mask_BxP, length_B, WIDTH, packed=packed)
     scored = scored_rows(rows, WIDTH, 2 * WIDTH)
-    shape = (len(order), 1, 2)  # at gamma = 0 no text is read
-    none = padded_layout(np.zeros(shape[1:], np.int32), np.zeros(shape[1:], bool))
-    none = jax.tree.map(lambda x: np.broadcast_to(np.asarray(x), shape), none)
-    text = LmBatch(none, np.zeros(shape, np.float32))
+    text = no_text(len(order))
     update = jax.jit(
         functools.partial(
             ppo_steps.ppo_iteration, config=c, model_config=m, reward_config=m,

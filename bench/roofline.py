@@ -17,15 +17,11 @@ def _forward(m: ModelConfig, first: float, tokens: float, unembedded: float) -> 
     return model_flops.forward(m, tokens, first + (tokens + 1) / 2, unembedded=unembedded)
 
 
-def _prompt_and(case: Case, ways: int, unembedded: float) -> float:
+def reading(case: Case, unembedded: float, ways: int = 1) -> float:
+    """The least floating-point operations of one network's look at prompts and ``ways`` responses each."""
     w, m = case.work, model_config(case.shape)
     prompt = _forward(m, 0, w.prompt, 0.0)
     return w.rows * (prompt + ways * _forward(m, w.prompt, w.response, unembedded))
-
-
-def reading(case: Case, unembedded: float) -> float:
-    """The least floating-point operations of one network's look at prompts and a response each."""
-    return _prompt_and(case, 1, unembedded)
 
 
 def flops(case: Case) -> float:
@@ -34,7 +30,7 @@ def flops(case: Case) -> float:
     if w.kind == "sft":
         return 3 * reading(case, w.response)
     if w.kind == "reward":
-        return 3 * _prompt_and(case, w.ways, 0.0)
+        return 3 * reading(case, 0.0, w.ways)
     sampled = reading(case, w.response)
     if w.kind == "generate":
         return sampled

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
-import subprocess
-import sys
 
+import apart
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -162,9 +160,5 @@ print("passed")
 
 @pytest.mark.slow
 def test_a_sampler_compiles_with_the_kernel_for_tpus():
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: pip install instructax[tpu]")
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED], capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0 and "passed" in done.stdout, done.stdout + done.stderr
+    apart.needs_libtpu()
+    apart.passes(COMPILED)

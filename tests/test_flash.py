@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import subprocess
-import sys
-
+import apart
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -171,12 +168,8 @@ print("passed")
 
 @pytest.mark.slow
 def test_a_model_compiles_with_the_kernel_for_tpus():
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: pip install instructax[tpu]")
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0 and "passed" in done.stdout, done.stdout + done.stderr
+    apart.needs_libtpu()
+    apart.passes(COMPILED)
 
 
 def test_layouts_of_whole_texts_promise_that_nothing_is_shared():

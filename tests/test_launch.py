@@ -6,7 +6,6 @@ is asked to run it runs here, so that the part of a launcher which lives on a wo
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shlex
 import shutil
@@ -17,6 +16,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import apart
 import pytest
 import yaml
 
@@ -806,8 +806,7 @@ print(len(topologies.get_topology_desc("v5e:2x2", platform="tpu").devices))
 
 
 def test_the_tpu_flag_file_does_not_end_the_compiler(stand):
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed; pip install -e .[tpu]")
+    apart.needs_libtpu()
     stand.program.write_text(TPU_COMPILER)
     environ = {
         "INSTRUCTAX": f"{sys.executable} {stand.program}",

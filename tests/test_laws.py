@@ -6,12 +6,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
+import apart
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -465,13 +461,4 @@ print("passed")
 @pytest.mark.traps
 def test_one_two_and_eight_devices_sample_the_same_tokens():
     """Trap T19: the keys are of episodes, so where an episode is computed does not matter."""
-    here, paths = str(Path(__file__).parent), sys.path
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(EIGHT)],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([here, *paths])},
-    )
-    assert run.returncode == 0 and "passed" in run.stdout, run.stdout + run.stderr
+    apart.passes(EIGHT)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 
+import apart
 import jax
 import jax.numpy as jnp
 import pytest
@@ -189,11 +190,7 @@ print("passed")
 
 
 def test_collectives_and_flops_inside_loops_are_counted_as_often_as_they_run():
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(EIGHT)],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0 and "passed" in done.stdout, done.stdout + done.stderr
+    apart.passes(EIGHT)
 
 
 # An embedding split over the width by an axis that splits the rows of a batch as well.
@@ -241,13 +238,9 @@ print("passed")
 
 @pytest.mark.parametrize("where", ["local", pytest.param("v5p:2x2x2", marks=pytest.mark.slow)])
 def test_an_array_that_the_partitioner_gathers_whole_is_seen(where):
-    if where != "local" and importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: pip install instructax[tpu]")
-    done = subprocess.run(
-        [sys.executable, "-c", GATHERED_WHOLE, where],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0 and "passed" in done.stdout, done.stdout + done.stderr
+    if where != "local":
+        apart.needs_libtpu()
+    apart.passes(GATHERED_WHOLE, where)
 
 
 # The shapes and options of a TPU's text, shortened: a loop of 6 with a product written as a convolution,
@@ -764,8 +757,7 @@ def test_rows_that_the_mesh_does_not_divide_are_named(file):
 
 @pytest.mark.slow
 def test_a_plan_for_a_tpu_that_is_not_there(file):
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: pip install instructax[tpu]")
+    apart.needs_libtpu()
     done = subprocess.run(
         [
             sys.executable, "-m", "instructax", "plan", "--config", file, "--topology", "v5p:2x2x1",

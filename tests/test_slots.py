@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import apart
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -235,16 +232,11 @@ for shape, parts in (((2, 1, 1), 2), ((1, 2, 1), 2), ((1, 1, 2), 1)):
                 assert "slots is 3, not a multiple of the 2 batch shards" in str(error)
             else:
                 raise AssertionError("three slots on two shards")
-print("the same")
+print("passed")
 """
 
 
 @pytest.mark.slow
 def test_every_shard_has_slots_of_its_own():
     """Two devices as data, fsdp or tensor parallelism: the responses of one."""
-    done = subprocess.run(
-        [sys.executable, "-c", TWO], cwd=Path(__file__).parent, capture_output=True, text=True,
-        check=False,        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "the same"
+    apart.passes(TWO, JAX_PLATFORMS="cpu")

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
+import apart
 import jax
 import numpy as np
 import pytest
@@ -16,6 +13,8 @@ import tiny
 
 from instructax.steps.accumulate import gradient, join_rows, measure, outputs_of, split_rows
 from instructax.steps.sft import lm_objective
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_rows_are_dealt_out_and_come_back():
@@ -110,14 +109,8 @@ print("passed")
 
 @pytest.mark.laws
 def test_microbatches_on_a_mesh_are_the_full_batch_and_move_no_rows():
-    here, paths = str(Path(__file__).parent), sys.path
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(MESH)],
-        capture_output=True, text=True, timeout=200, check=False,
-        env=os.environ | {
-            "PYTHONPATH": os.pathsep.join([here, *paths]),
-            "JAX_COMPILATION_CACHE_DIR": str(Path(here).parent / ".cache" / "jax-processes"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-        },
-    )  # fmt: skip
-    assert run.returncode == 0 and "passed" in run.stdout, run.stdout + run.stderr
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax-processes"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+    }
+    apart.passes(MESH, **cache)

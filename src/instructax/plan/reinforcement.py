@@ -15,6 +15,7 @@ from instructax.models import functional as model
 from instructax.plan import least_moves, model_flops
 from instructax.plan.memory import shard_bytes
 from instructax.plan.program import Program, Shapes, shardings
+from instructax.rl.packing import scored_width
 from instructax.runtime import mesh as mesh_lib
 from instructax.steps import ppo as ppo_steps
 from instructax.steps.optimizer import make_optimizer
@@ -60,13 +61,12 @@ class Reinforcement(Shapes):
         tokens = rows * width
         passed = {"params": state_bytes["params"]} | frozen
         source = self.sources(rows, width) if c.packed else None
-        # As rl/packing.py has it: half of the slots at most, where responses are no longer than prompts.
-        has_half = c.response_length <= c.prompt_length
-        half = -(-width // 2) if has_half else width
+        scored = scored_width(c.prompt_length, c.response_length)
+        unembedded = scored or width
         arguments = (
             policy.params, reference, value.params, reward, self.prompts("ppo.batch_size", rows),
             self.responses("ppo.batch_size", rows), scalar, self.key(), source,
-            self.sources(rows, half) if has_half else None,
+            self.sources(rows, scored) if scored else None,
         )  # fmt: skip
         score = functools.partial(
             score_rollout, config=c, model_config=m, reward_config=r, eos_id=EOS
@@ -77,7 +77,7 @@ class Reinforcement(Shapes):
             arguments,
             passed=passed,
             held=beside(passed),
-            model_flops=2 * model_flops.forward(m, tokens, width, unembedded=rows * half)
+            model_flops=2 * model_flops.forward(m, tokens, width, unembedded=rows * unembedded)
             + 2 * model_flops.forward(r, tokens, width, unembedded=0.0),
             least_moved=2 * least_moves.forward(m, tokens, self.mesh.shape)
             + 2 * least_moves.forward(r, tokens, self.mesh.shape, scalar=True),
@@ -117,7 +117,7 @@ class Reinforcement(Shapes):
         trained = tokens * c.inner_epochs
         read = updates * texts * c.ptx_row_length
         of_policy = model_flops.forward if c.rl_coef == 0.0 else model_flops.train
-        flops = of_policy(m, trained, width, unembedded=c.inner_epochs * rows * half)
+        flops = of_policy(m, trained, width, unembedded=c.inner_epochs * rows * unembedded)
         flops += model_flops.train(r, trained, width, unembedded=0.0)
         moves = functools.partial(
             least_moves.train, mesh=self.mesh.shape, parts=updates * c.grad_accumulation
@@ -137,7 +137,7 @@ class Reinforcement(Shapes):
                 text,
                 scalar,
                 self.sources(updates, c.minibatch_size, width),
-                self.sources(updates, c.minibatch_size, half) if has_half else None,
+                self.sources(updates, c.minibatch_size, scored) if scored else None,
             ),
             passed=state_bytes,
             held=staying,

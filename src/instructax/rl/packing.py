@@ -92,29 +92,37 @@ def episode_rows(
 ) -> np.ndarray:
     """source_UxRxL of sampled episodes: left-padded prompts of P slots, responses in ``slots`` more.
 
-    Where responses cannot be longer than prompts, half of a row's slots at most are theirs (:func:`scored_rows`).
+    Of a row's slots at most :func:`scored_width` are responses'.
     """
     prompt_slots = prompt_mask_BxP.shape[1]
     if not packed:
         return padded_rows(order_UxM, prompt_slots + slots)
     prompt_B = np.asarray(prompt_mask_BxP).sum(axis=1)
+    few = scored_width(prompt_slots, slots) is not None
     return packed_rows(
         order_UxM,
         prompt_slots - prompt_B,
         prompt_B + np.asarray(response_length_B),
         prompt_slots + slots,
         shards,
-        response_B=np.asarray(response_length_B) if slots <= prompt_slots else None,
+        response_B=np.asarray(response_length_B) if few else None,
     )
 
 
-def scored_rows(source_UxRxL: np.ndarray, prompt_slots: int, width: int) -> np.ndarray | None:
-    """scored_UxRxM: the slots of :func:`episode_rows` that hold a response, -1 behind them; M is half of L.
+def scored_width(prompt_slots: int, response_slots: int) -> int | None:
+    """M, the slots of a row that may hold responses: half of them where responses cannot be longer than prompts.
 
-    Only there are logits needed. None, which is all of them, where responses may be longer than prompts: M would
-    depend on the data, and another M is another program.
+    None, which is all of them, where they may be: M would depend on the data, and another M is another program.
     """
-    if 2 * prompt_slots < width:
+    return (prompt_slots + response_slots + 1) // 2 if response_slots <= prompt_slots else None
+
+
+def scored_rows(source_UxRxL: np.ndarray, prompt_slots: int, width: int) -> np.ndarray | None:
+    """scored_UxRxM: the slots of :func:`episode_rows` that hold a response, -1 behind them; None means all.
+
+    Only there are logits needed.
+    """
+    if scored_width(prompt_slots, width - prompt_slots) is None:
         return None
     is_response_UxRxL = (source_UxRxL >= 0) & (source_UxRxL % width >= prompt_slots)
     scored_NxM = scored_slots(is_response_UxRxL.reshape(-1, source_UxRxL.shape[2]), widths=2)

@@ -104,7 +104,7 @@ def programs(
         length_B = np.asarray(length)  # rows are planned on the host
         sampled = time.perf_counter()
         everyone = np.arange(c.batch_size, dtype=np.int32)[None]
-        source_1xRxL, scored_1xRxM = rows(everyone, prompt_batch.mask_BxP, length_B, shards)
+        planned = rows(everyone, prompt_batch.mask_BxP, length_B, shards)
         reference, reward = frozen()
         rollout, metrics, _ = score(
             policy,
@@ -115,8 +115,7 @@ def programs(
             responses,
             state.kl_coef,
             jax.random.fold_in(score_key, i),
-            source_1xRxL[0],
-            None if scored_1xRxM is None else scored_1xRxM[0],
+            *jax.tree.map(lambda x: x[0], planned),
             # Arguments and not constants: other seeds have other scales, and the same program.
             reward_gain=scale["gain"],
             reward_bias=scale["bias"],

@@ -192,7 +192,7 @@ def score_rollout(
 
     def networks(rows: Layout) -> tuple[dict[str, Array], Array, Array]:
         how: dict[str, Any] = {"temperature": config.temperature}
-        if scored_RxM is not None:
+        if scored_RxM is not None:  # so that a model without this choice can stand in for ours
             how["scored_BxM"] = scored_RxM
         return (
             model.token_statistics(policy, model_config, rows, **how),
