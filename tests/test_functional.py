@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import apart
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -211,3 +212,44 @@ def test_a_door_leaves_no_trace_in_the_compiled_program(monkeypatch):
     with_checks = program()
     monkeypatch.setattr(model, "check_layout", lambda layout: None)
     assert program() == with_checks
+
+
+CHUNKED = """
+import functools
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 4)
+import numpy as np
+import on_mesh
+import tiny
+from instructax import logprobs
+from instructax.plan import chips, timing
+from instructax.runtime import mesh
+from instructax.steps.accumulate import gradient
+from instructax.steps.sft import lm_objective
+
+text, found, moved = tiny.text(16, 12), [], {}
+for shape in ((1, 1, 1), (1, 4, 1), (1, 2, 2)):
+    run = on_mesh.open_run(shape)
+    for chunks in (1, 6):
+        logprobs.CHUNK_BYTES = 4 * 16 * on_mesh.MODEL.padded_vocab_size * 12 // (shape[0] * shape[1] * chunks)
+        with jax.set_mesh(run.mesh):
+            params = mesh.init_sharded(
+                run.mesh, lambda: on_mesh.model.init(jax.random.key(3), on_mesh.MODEL, "lm")
+            )
+            of = jax.jit(functools.partial(gradient, lm_objective(on_mesh.MODEL), microbatches=1))
+            compiled = of.lower(params, mesh.put_batch(run.mesh, text)).compile()
+            found.append(jax.device_get(compiled(params, mesh.put_batch(run.mesh, text))))
+        cost = timing.analyse(compiled.as_text(), chips.cpu(), [None] * run.mesh.size)
+        moved[shape, chunks] = sum(sent.wire for sent in cost.collectives.values())
+for other in found[1:]:
+    tiny.assert_close(other, found[0], rtol=1e-5, atol=1e-6)
+assert moved[(1, 1, 1), 6] == 0 < moved[(1, 4, 1), 1]
+assert moved[(1, 4, 1), 6] == moved[(1, 4, 1), 1], moved
+print("passed")
+"""
+
+
+@pytest.mark.laws
+def test_on_a_mesh_the_stream_does_not_travel_with_every_chunk_of_logits():
+    apart.passes(CHUNKED)

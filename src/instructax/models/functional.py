@@ -21,7 +21,7 @@ from instructax.models.cache import Cache, admit, repeat_rows, rollout_copy
 from instructax.models.cache import empty as empty_cache
 from instructax.models.families import row_scores
 from instructax.models.families import tile as family_tile
-from instructax.partitioning import constrain, parts
+from instructax.partitioning import by_batch_shard, constrain, parts
 
 __all__ = [
     "Cache",
@@ -117,16 +117,24 @@ def _statistics(
             for of_BxL in (index_BxL, token_BxL, exists_BxL)
         )
     before_BxLxD = jnp.take_along_axis(x_BxLxD, index_BxL[:, :, None], axis=1)
-    unembedding = _unembedding(params, config)
+    unembedding_VxD = _unembedding(params, config)
     rows_of_device = max(1, token_BxL.shape[0] // parts("batch"))
-    logp, entropy = logprobs.chunked_token_statistics(
-        before_BxLxD,
-        token_BxL,
-        unembedding,
-        chunk=logprobs.slots_at_a_time(rows_of_device, unembedding.shape[0]),
-        vocab_size=config.vocab_size,
-        temperature=temperature,
-        with_entropy=with_entropy,
+
+    def of_rows(compute_VxD: Array, before_BxLxD: Array, token_BxL: Array) -> tuple[Array, Array]:
+        return logprobs.chunked_token_statistics(
+            before_BxLxD,
+            token_BxL,
+            # Chunks add their gradients in float32.
+            compute_VxD.astype(unembedding_VxD.dtype),
+            chunk=logprobs.slots_at_a_time(rows_of_device, unembedding_VxD.shape[0]),
+            vocab_size=config.vocab_size,
+            temperature=temperature,
+            with_entropy=with_entropy,
+        )
+
+    # Every shard its own rows: the unembedding travels once and its gradient once, not the stream with every chunk.
+    logp, entropy = by_batch_shard(of_rows, whole=1)(
+        unembedding_VxD.astype(before_BxLxD.dtype), before_BxLxD, token_BxL
     )
     logp, entropy = jnp.where(exists_BxL, logp, 0.0), jnp.where(exists_BxL, entropy, 0.0)
     if scored_BxM is None:
