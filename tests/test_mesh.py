@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -42,6 +44,44 @@ def test_one_device_gives_the_trivial_mesh_with_auto_axes():
 def test_a_mesh_that_does_not_fit_is_refused(config, message):
     with pytest.raises(UserError, match=message):
         mesh.make_mesh(config, jax.devices()[:1])
+
+
+def described(sizes: tuple[int, int, int], slices: int = 1) -> list[SimpleNamespace]:
+    """Chips of TPU slices, as far as their places in a mesh depend on them."""
+    places = itertools.product(range(slices), *map(range, sizes))
+    return [
+        SimpleNamespace(
+            platform="tpu", device_kind="TPU v5p", core_on_chip=0, id=i, slice_index=number, coords=tuple(at)
+        )
+        for i, (number, *at) in enumerate(places)
+    ]  # fmt: skip
+
+
+def test_a_mesh_may_split_an_axis_of_a_slice_and_keeps_neighbours_together():
+    laid = mesh.arrange((128, 4, 1), described((8, 8, 8)))
+    assert laid.shape == (128, 4, 1) and len({device.id for device in laid.flat}) == 512
+    for group in laid[:, :, 0]:
+        coords = np.asarray([device.coords for device in group])
+        assert sorted(np.ptp(coords, axis=0)) == [0, 0, 3], coords
+
+
+def test_only_data_lies_between_slices():
+    two = described((2, 2, 2), slices=2)
+    laid = mesh.arrange((4, 4, 1), two)
+    assert [{device.slice_index for device in rows.flat} for rows in laid] == [{0}, {0}, {1}, {1}]
+    with pytest.raises(UserError, match=r"mesh.data = 1: the devices are 2 slices.*multiple of 2"):
+        mesh.arrange((1, 16, 1), two)
+
+
+@pytest.mark.parametrize("platform", ["gpu", "cpu"])
+def test_nodes_follow_each_other(platform):
+    """JAX calls every node of GPUs a slice; a mesh axis may span them all the same."""
+    nodes = [
+        SimpleNamespace(platform=platform, device_kind=platform, id=i, slice_index=i // 4)
+        for i in range(8)
+    ]
+    laid = mesh.arrange((1, 8, 1), nodes)
+    assert [device.id for device in laid.flat] == list(range(8))
 
 
 def test_put_batch_keeps_values_and_structure():

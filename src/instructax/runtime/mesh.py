@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from instructax import partitioning
@@ -37,11 +37,34 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"{said} needs {math.prod(sizes)} devices, {len(devices)} are present; "
             "set one axis to -1 to take them all"
         )
-    return jax.make_mesh(
-        tuple(sizes),
-        partitioning.MESH_AXES,
-        axis_types=(AxisType.Auto,) * len(sizes),
-        devices=devices,
+    return Mesh(
+        arrange(sizes, devices), partitioning.MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes)
+    )
+
+
+def arrange(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices in the mesh's shape: neighbours along the last axes, which say most, are neighbours in the machine.
+
+    Axes of a TPU slice are split where the mesh needs it. Between several slices, whose network is slow, lies
+    nothing but ``data``; nodes with GPUs follow each other. (``jax.make_mesh`` refuses all three.)
+
+    Raises:
+      UserError: slices that ``data`` does not divide into.
+    """
+    data, *inner = sizes
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if devices[0].platform != "tpu" or slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    if data % slices:
+        raise UserError(
+            f"mesh.data = {data}: the devices are {slices} slices, between which only data can lie; "
+            f"use a multiple of {slices}"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, *inner),
+        (slices, *(1 for _ in inner)),
+        devices,
+        allow_split_physical_axes=True,
     )
 
 
