@@ -1,10 +1,11 @@
 """Real tokens a second of packed rows against padded ones, on the lengths of real conversations.
 
-    INSTRUCTAX_TEST_DATA=DIR python bench/packing.py [--rounds 5]
+    INSTRUCTAX_TEST_DATA=DIR python bench/packing.py [--rounds 5] [--context 512 1024]
 
-The lengths are those of the ranked replies in DIR/oasst_trees, in tokens of a tokenizer trained on them; prompts of at most 256
-tokens and replies of at most 256. SFT: steps of 8 rows of 512 slots, a demonstration each or as many as fit. PPO: one iteration's
-updates of 64 episodes in minibatches of 32, a row each or packed. The model is the small one of bench/cases.py.
+The lengths are those of the ranked replies in DIR/oasst_trees, in tokens of a tokenizer trained on them; what a context does not
+hold, half of it for the prompt, is left out. SFT: steps of 8 rows, a demonstration each or as many as fit. PPO: one iteration's
+updates of 64 episodes in minibatches of 32, a row each or packed. The model is the small one of bench/cases.py. "Filled" is the share
+of padded slots that hold a token: its inverse is the most that packing can give where a slot costs the same.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import numpy as np
 from bench.cases import SMALL
 from bench.ours import ADAMW, model_config, no_text
 from instructax.batches import PromptBatch, Responses
-from instructax.config import PpoConfig
+from instructax.config import ModelConfig, PpoConfig, replace
 from instructax.data import demonstrations
 from instructax.data.convert import open_assistant
 from instructax.data.tokenizer import Tokenizer, train_tokenizer
@@ -43,33 +44,42 @@ from instructax.steps.rollout import score_rollout
 from instructax.steps.sft import lm_step
 from instructax.steps.state import PpoState, create
 
-WIDTH, ROWS, EPISODES, MINIBATCH = 256, 8, 64, 32
+ROWS, EPISODES, MINIBATCH = 8, 64, 32
 
 
-def examples(folder: Path) -> demonstrations.DemonstrationExamples:
+def examples(folder: Path, context: int) -> demonstrations.DemonstrationExamples:
     """The best reply of each conversation, as a demonstration."""
     lines = (folder / "oasst_trees" / "en_100_tree.jsonl").read_text("utf-8").splitlines()
     records = open_assistant(map(json.loads, lines))[0]
     shown = [{"prompt": prompt_text(r), "response": r["responses"][0]} for r in records]
     texts = [text for record in shown for text in record.values()]
     tokenizer = Tokenizer.from_bytes(train_tokenizer(texts, 4096))
-    found = demonstrations.tokenise(shown, tokenizer, max_prompt_tokens=WIDTH, max_length=2 * WIDTH)
-    print(f"{len(found)} conversations, left out: {found.dropped}")
+    found = demonstrations.tokenise(
+        shown, tokenizer, max_prompt_tokens=context // 2, max_length=context
+    )
+    print(
+        f"context {context}: {len(found)} conversations, left out: {found.dropped}", file=sys.stderr
+    )
     return found
 
 
-def sft(found: demonstrations.DemonstrationExamples, packed: bool):
-    config, optimizer = model_config(SMALL), make_optimizer(ADAMW, 1000)
+def network(context: int) -> ModelConfig:
+    return replace(model_config(SMALL), context_length=context)
+
+
+def sft(found: demonstrations.DemonstrationExamples, context: int, packed: bool):
+    config, optimizer = network(context), make_optimizer(ADAMW, 1000)
     state = create(model.init(jax.random.key(0), config, "lm"), optimizer)
     step = jax.jit(
         functools.partial(lm_step, key=None, model_config=config, optimizer=optimizer),
         donate_argnums=0,
     )
     stream = demonstrations.stream(
-        found, batch_size=ROWS, row_length=2 * WIDTH, packed=packed, seed=0
+        found, batch_size=ROWS, row_length=context, packed=packed, seed=0
     )
     batches = [stream(i) for i in range(4)]
     tokens = sum(int((b.layout.segment_BxL > 0).sum()) for b in batches)
+    filled = tokens / sum(b.layout.segment_BxL.size for b in batches)
 
     def run() -> int:
         nonlocal state
@@ -78,29 +88,29 @@ def sft(found: demonstrations.DemonstrationExamples, packed: bool):
         jax.block_until_ready(metrics)
         return tokens
 
-    return run
+    return run, filled
 
 
-def ppo(found: demonstrations.DemonstrationExamples, packed: bool):
-    m, optimizer = model_config(SMALL), make_optimizer(ADAMW, 1000)
+def ppo(found: demonstrations.DemonstrationExamples, context: int, packed: bool):
+    m, optimizer, width = network(context), make_optimizer(ADAMW, 1000), context // 2
     c = PpoConfig(
         ptx_coef=0.0, ptx_at_zero="skip", batch_size=EPISODES, minibatch_size=MINIBATCH,
         policy_optimizer=ADAMW, value_optimizer=ADAMW, missing_eos="none",
-        prompt_length=WIDTH, response_length=WIDTH,
+        prompt_length=width, response_length=width,
     )  # fmt: skip
     pairs = itertools.cycle(zip(found.prompts, found.responses, strict=True))
-    chosen = list(itertools.islice(((p, r[:WIDTH]) for p, r in pairs), EPISODES))
+    chosen = list(itertools.islice(((p, r[:width]) for p, r in pairs), EPISODES))
     prompt_B, length_B = (np.asarray([len(x) for x in side]) for side in zip(*chosen, strict=True))
     rng = np.random.default_rng(0)
-    ids = functools.partial(rng.integers, 5, SMALL.vocab_size, (EPISODES, WIDTH), dtype=np.int32)
-    slot_T = np.arange(WIDTH)[None]
+    ids = functools.partial(rng.integers, 5, SMALL.vocab_size, (EPISODES, width), dtype=np.int32)
+    slot_T = np.arange(width)[None]
     prompts = PromptBatch(
-        ids(), slot_T >= WIDTH - prompt_B[:, None], np.arange(EPISODES, dtype=np.int32)
+        ids(), slot_T >= width - prompt_B[:, None], np.arange(EPISODES, dtype=np.int32)
     )
     responses = Responses(
         ids(),
         slot_T < length_B[:, None],
-        np.zeros((EPISODES, WIDTH), np.float32),
+        np.zeros((EPISODES, width), np.float32),
         np.zeros(EPISODES, np.int32),
     )
     policy, value = (
@@ -117,8 +127,8 @@ def ppo(found: demonstrations.DemonstrationExamples, packed: bool):
         jnp.int32(0),
     )
     order = np.arange(EPISODES, dtype=np.int32).reshape(-1, MINIBATCH)
-    rows = episode_rows(order, prompts.mask_BxP, length_B, WIDTH, packed=packed)
-    scored = scored_rows(rows, WIDTH, 2 * WIDTH)
+    rows = episode_rows(order, prompts.mask_BxP, length_B, width, packed=packed)
+    scored = scored_rows(rows, width, context)
     text = no_text(len(order))
     update = jax.jit(
         functools.partial(
@@ -132,31 +142,39 @@ def ppo(found: demonstrations.DemonstrationExamples, packed: bool):
         nonlocal state
         state, found = update(state, rollout, text, metrics["objective/kl"], rows, scored)
         jax.block_until_ready(found)
-        return int((prompt_B + length_B).sum())
+        return tokens
 
-    return run
+    tokens = int((prompt_B + length_B).sum())
+    return run, tokens / rows.size
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--context", type=int, nargs="+", default=[512, 1024])
+    given = parser.parse_args()
     folder = os.environ.get("INSTRUCTAX_TEST_DATA", "")
     if not Path(folder, "oasst_trees").is_dir():
         sys.exit("packing: set INSTRUCTAX_TEST_DATA to a folder that holds oasst_trees")
-    found = examples(Path(folder))
-    print("| work | padded, tokens/s | packed, tokens/s | packed is |\n|---|---|---|---|")
-    for name, build in (("SFT step", sft), ("PPO updates", ppo)):
-        runs = [build(found, packed) for packed in (False, True)]
-        seconds: list[list[float]] = [[], []]
-        tokens = [run() for run in runs]  # compiles
-        for _ in range(rounds):
-            for times, run in zip(seconds, runs, strict=True):
-                began = time.perf_counter()
-                run()
-                times.append(time.perf_counter() - began)
-        padded, packed = (n / statistics.median(t) for n, t in zip(tokens, seconds, strict=True))
-        print(f"| {name} | {padded:,.0f} | {packed:,.0f} | {packed / padded:.2f} times |")
+    print("| work | context | filled | padded, tokens/s | packed, tokens/s | packed is |")
+    print("|---|---|---|---|---|---|")
+    for context in given.context:
+        found = examples(Path(folder), context)
+        for name, build in (("SFT step", sft), ("PPO updates", ppo)):
+            (padded, filled), (packed, _) = (build(found, context, p) for p in (False, True))
+            seconds: list[list[float]] = [[], []]
+            tokens = [run() for run in (padded, packed)]  # compiles
+            for _ in range(given.rounds):
+                for times, run in zip(seconds, (padded, packed), strict=True):
+                    began = time.perf_counter()
+                    run()
+                    times.append(time.perf_counter() - began)
+            rates = [n / statistics.median(t) for n, t in zip(tokens, seconds, strict=True)]
+            print(
+                f"| {name} | {context} | {filled:.0%} | {rates[0]:,.0f} | {rates[1]:,.0f} | "
+                f"{rates[1] / rates[0]:.2f} times |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

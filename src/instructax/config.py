@@ -131,7 +131,7 @@ class MeshConfig:
     """Device mesh data x fsdp x model; -1 infers one axis from the number of devices."""
 
     data: int = -1
-    """Batch parallelism with replicated parameters."""
+    """Batch parallelism with replicated parameters; what lies between several TPU slices, and only that."""
     fsdp: int = 1
     """Batch parallelism with sharded parameters and optimizer state."""
     model: int = 1
