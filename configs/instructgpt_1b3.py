@@ -88,6 +88,8 @@ def recipe(
             row_length=2048,
             epochs=16,
             dropout=0.2,
+            # There is room: one network and its moments, where PPO has five.
+            remat="none",
             init_from=weights,
         ),
         reward=RewardConfig(
@@ -106,6 +108,7 @@ def recipe(
             row_length=2048,
             epochs=2,
             dropout=0.2,
+            remat="none",
             pretrain_mix=0.1,
             select_by="last",
             init_from=weights,

@@ -17,6 +17,7 @@ from instructax.batches import ComparisonBatch, Layout, LmBatch, PromptBatch, Re
 from instructax.config import Config
 from instructax.models import functional as model
 from instructax.resolve import apply_arm, load_config
+from instructax.stages import sft
 from instructax.steps.optimizer import make_optimizer
 from instructax.steps.ppo import ppo_iteration
 from instructax.steps.reward import reward_step
@@ -86,7 +87,7 @@ def test_its_steps_trace(config):
 
     c = config.sft
     optimizer = make_optimizer(c.optimizer, 10)
-    model_config = dataclasses.replace(config.model, dropout=c.dropout)
+    model_config = sft.network(config.model, c)
     step = functools.partial(lm_step, model_config=model_config, optimizer=optimizer)
     state = started(model_config, "lm", optimizer)
     after, _ = jax.eval_shape(step, state, lm_batch(rows, c.row_length), KEY)

@@ -17,6 +17,7 @@ from instructax.models import attention as attention_lib
 from instructax.models import functional as model
 from instructax.models import transformer
 from instructax.models.attention import visible
+from instructax.models.layers import dropout
 from instructax.models.presets import PRESETS, llama
 
 SMALL = ModelConfig(
@@ -287,6 +288,21 @@ def test_dropout_acts_only_where_a_key_is_given():
     moved = token_logprobs(params, config, layout, dropout_key=key)
     assert np.abs(moved - still).max() > 1e-3
     np.testing.assert_array_equal(moved, token_logprobs(params, config, layout, dropout_key=key))
+
+
+@pytest.mark.laws
+@pytest.mark.parametrize("rate", [0.1, 0.2, 0.75])
+def test_dropout_keeps_the_mean_and_draws_every_element_for_itself(rate):
+    x = jnp.full((512, 255), 3.0)
+    y = np.asarray(dropout(x, rate, jax.random.key(0)))
+    dropped = y == 0.0
+    n = dropped.size
+    # Three standard deviations of a share of n draws.
+    assert abs(dropped.mean() - rate) < 3 * (rate * (1 - rate) / n) ** 0.5
+    np.testing.assert_allclose(y[~dropped], 3.0 / (1 - rate), rtol=1e-6)
+    for one, other in ((dropped[:, 1:], dropped[:, :-1]), (dropped[1:], dropped[:-1])):
+        correlation = np.corrcoef(one.ravel(), other.ravel())[0, 1]
+        assert abs(correlation) < 4 / one.size**0.5, correlation
 
 
 def test_scalar_head_starts_as_the_paper_says_and_shifts():

@@ -599,6 +599,23 @@ def test_frozen_models_in_the_hosts_memory_are_on_a_chip_for_scoring_alone():
     assert hosted["ppo/score"].passed["frozen"] == plain["ppo/score"].passed["frozen"] > 0
 
 
+@pytest.mark.parametrize(("model", "sft"), [("block", "none"), ("none", "block"), ("none", None)])
+def test_a_fine_tuning_stage_computes_again_what_its_own_setting_says(model, sft):
+    config = dataclasses.replace(
+        TINY,
+        model=dataclasses.replace(TINY.model, remat=model),
+        sft=dataclasses.replace(TINY.sft, remat=sft),
+    )
+    found = by_name(config, ["pretrain/step", "sft/step"])
+
+    def computes_again(program) -> bool:
+        text = program.jitted.lower(*program.arguments).as_text(debug_info=True)
+        return "rematted_computation/Block" in text
+
+    assert computes_again(found["sft/step"]) == ((sft or model) == "block")
+    assert computes_again(found["pretrain/step"]) == (model == "block")
+
+
 def test_arms_of_the_same_programs_are_planned_once():
     names = list(by_name(TINY))
     assert len(names) == len(set(names))

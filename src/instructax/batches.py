@@ -194,6 +194,14 @@ def scored_slots(weight_BxL: np.ndarray, widths: int = _SCORED_WIDTHS) -> np.nda
     return np.where(np.take_along_axis(counted_BxL, first_BxL, axis=1), first_BxL, -1)[:, :width]
 
 
+def scored_width(prompt_slots: int, response_slots: int) -> int | None:
+    """M, the slots of a row that may hold responses: half of them where responses cannot be longer than prompts.
+
+    None, which is all of them, where they may be: M would depend on the data, and another M is another program.
+    """
+    return (prompt_slots + response_slots + 1) // 2 if response_slots <= prompt_slots else None
+
+
 def first_fit(
     size_n: Sequence[int] | np.ndarray,
     capacity: int | Sequence[int],

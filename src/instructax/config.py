@@ -11,6 +11,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
+Remat = Literal["none", "wide", "block", "offload"]
+
 
 class UserError(Exception):
     """Bad input: one line that says what, where and what to do. The CLI prints it and exits with 2."""
@@ -74,7 +76,7 @@ class ModelConfig:
     """Divide the two residual-output kernels by sqrt(2 * num_layers) (GPT-2 paper; its released code does not)."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of activations; parameters, heads, losses and softmax over the vocabulary stay float32."""
-    remat: Literal["none", "wide", "block", "offload"] = "block"
+    remat: Remat = "block"
     """What the backward pass computes again: nothing; what is wide (attention, the MLP's hidden layer); all of a block;
     or all but queries, keys and values, which wait in the host's memory together with each block's input."""
     scan_unroll: int = 1
@@ -313,6 +315,8 @@ class SftConfig:
     """Passes over the demonstrations (16; the RL init 2)."""
     dropout: float = 0.2
     """Residual dropout (0.2)."""
+    remat: Remat | None = None
+    """What the backward pass computes again here; None means model.remat, which PPO's larger states may need."""
     prompt_loss_weight: float = 0.0
     """Weight of prompt tokens in the loss. Not stated: 0 trains what the labeler wrote, response and EOS."""
     pretrain_mix: float = 0.0

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from instructax.batches import Layout
 from instructax.config import ModelConfig
 from instructax.models.attention import attending
-from instructax.models.layers import NARROW, QKV, Block, Norm
+from instructax.models.layers import NARROW, QKV, Block, Norm, dropout
 from instructax.partitioning import constrain, constrain_stream
 
 Array = Any
@@ -77,23 +77,17 @@ def finish(params: Params, config: ModelConfig, x: Array) -> Array:
     return constrain(x, "batch", None, None)
 
 
-def _dropout(x: Array, rate: float, key: Array | None) -> Array:
-    if key is None or rate == 0.0:
-        return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
-
-
 def hidden(
     params: Params, config: ModelConfig, layout: Layout, dropout_key: Array | None = None
 ) -> Array:
     """Final hidden states x_BxLxD of every slot of a layout."""
     position_BxL = layout.position_BxL
     x = embed(params, config, layout.token_BxL, position_BxL)
+    if config.dropout == 0.0:
+        dropout_key = None
     if dropout_key is not None:
-        x = _dropout(x, config.dropout, jax.random.fold_in(dropout_key, config.num_layers))
-    drops = dropout_key is not None and config.dropout != 0.0
-    block = Block(config, deterministic=not drops)
+        x = dropout(x, config.dropout, jax.random.fold_in(dropout_key, config.num_layers))
+    block = Block(config, deterministic=dropout_key is None)
     pattern = config.attention_pattern
     attend_of = {
         kind: attending(layout, config, config.band_width if kind == "banded" else None)
@@ -105,7 +99,7 @@ def hidden(
         # Taken out in here: outside, the backward pass would keep a copy of every layer's parameters.
         layer_params = jax.tree.map(lambda p: p[i], params_of_period)
         rngs = None
-        if dropout_key is not None and drops:
+        if dropout_key is not None:
             rngs = {"dropout": jax.random.fold_in(dropout_key, first_layer + i)}
 
         def attend(q, k, v):

@@ -9,13 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from instructax.batches import Layout, LmBatch, Rollout
+from instructax.batches import Layout, LmBatch, Rollout, scored_width
 from instructax.config import ModelConfig, replace
 from instructax.models import functional as model
 from instructax.plan import least_moves, model_flops
 from instructax.plan.memory import shard_bytes
 from instructax.plan.program import Program, Shapes, shardings
-from instructax.rl.packing import scored_width
 from instructax.runtime import mesh as mesh_lib
 from instructax.steps import ppo as ppo_steps
 from instructax.steps.optimizer import make_optimizer

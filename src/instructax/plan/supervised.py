@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from instructax.batches import ComparisonBatch
-from instructax.config import PretrainConfig, SftConfig, replace
+from instructax.config import PretrainConfig, SftConfig
 from instructax.models import functional as model
 from instructax.plan import least_moves, model_flops
 from instructax.plan.memory import shard_bytes
 from instructax.plan.program import Program, Shapes, bytes_of, shardings
 from instructax.runtime import mesh as mesh_lib
+from instructax.stages.sft import network
 from instructax.steps.accumulate import measure
 from instructax.steps.optimizer import make_optimizer
 from instructax.steps.reward import reward_step, scores
@@ -54,7 +55,7 @@ class Supervised(Shapes):
         yield self._lm_evaluation("pretrain", c, m, self._moments(optimizer))
 
     def fine_tuning(self, stage: str, c: SftConfig) -> Iterator[Program]:
-        m = replace(self.config.model, dropout=c.dropout)
+        m = network(self.config.model, c)
         # A cosine's length changes no program.
         optimizer = make_optimizer(c.optimizer, 1000)
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instructax.batches import Layout, Rollout, first_fit, padded_layout, scored_slots
+from instructax.batches import Layout, Rollout, first_fit, padded_layout, scored_slots, scored_width
 from instructax.partitioning import constrain
 
 Array = Any
@@ -92,7 +92,7 @@ def episode_rows(
 ) -> np.ndarray:
     """source_UxRxL of sampled episodes: left-padded prompts of P slots, responses in ``slots`` more.
 
-    Of a row's slots at most :func:`scored_width` are responses'.
+    Of a row's slots at most :func:`~instructax.batches.scored_width` are responses'.
     """
     prompt_slots = prompt_mask_BxP.shape[1]
     if not packed:
@@ -107,14 +107,6 @@ def episode_rows(
         shards,
         response_B=np.asarray(response_length_B) if few else None,
     )
-
-
-def scored_width(prompt_slots: int, response_slots: int) -> int | None:
-    """M, the slots of a row that may hold responses: half of them where responses cannot be longer than prompts.
-
-    None, which is all of them, where they may be: M would depend on the data, and another M is another program.
-    """
-    return (prompt_slots + response_slots + 1) // 2 if response_slots <= prompt_slots else None
 
 
 def scored_rows(source_UxRxL: np.ndarray, prompt_slots: int, width: int) -> np.ndarray | None:

@@ -37,6 +37,11 @@ from instructax.steps.sft import lm_objective, lm_step
 Params = Any
 
 
+def network(model: ModelConfig, c: SftConfig) -> ModelConfig:
+    """The model as a fine-tuning stage trains it."""
+    return dataclasses.replace(model, dropout=c.dropout, remat=c.remat or model.remat)
+
+
 def run(config: Config, init: bool = False) -> None:
     """Fine-tune; every epoch's checkpoint is a candidate. ``init`` is the RL init's own recipe."""
     stage = "init" if init else "sft"
@@ -47,7 +52,7 @@ def run(config: Config, init: bool = False) -> None:
     ends = tuple(np.cumsum([stream.steps_per_epoch(e) for e in range(c.epochs)]).tolist())
     optimizer = make_optimizer(c.optimizer, ends[-1])
     rate = learning_rate(c.optimizer, ends[-1])
-    model_config = dataclasses.replace(config.model, dropout=c.dropout)
+    model_config = network(config.model, c)
     dropout_key = context.key(f"{stage}/dropout") if c.dropout != 0.0 else None
     evaluate = _validation_nll(context, c, model_config)
 
