@@ -30,6 +30,7 @@ def config() -> Config:
         mesh=MeshConfig(data=1, fsdp=-1, model=4),
         sft=(5.03e-6, 8),
         init=(2.45e-6, 8),
+        sft_remat="wide",
         # 2.55e-6 and 3.74e-6 were tried.
         policy_rate=2.55e-6,
         value_rate=5e-6,

@@ -25,6 +25,7 @@ from instructax.config import (
     ModelConfig,
     OptimizerConfig,
     PpoConfig,
+    Remat,
     RewardConfig,
     SampleConfig,
     SftConfig,
@@ -46,6 +47,7 @@ def recipe(
     mesh: MeshConfig,
     sft: tuple[float, int],
     init: tuple[float, int],
+    sft_remat: Remat,
     policy_rate: float,
     value_rate: float,
     grad_accumulation: int,
@@ -88,8 +90,8 @@ def recipe(
             row_length=2048,
             epochs=16,
             dropout=0.2,
-            # There is room: one network and its moments, where PPO has five.
-            remat="none",
+            # There is more room than in PPO, which has five networks.
+            remat=sft_remat,
             init_from=weights,
         ),
         reward=RewardConfig(
@@ -108,7 +110,7 @@ def recipe(
             row_length=2048,
             epochs=2,
             dropout=0.2,
-            remat="none",
+            remat=sft_remat,
             pretrain_mix=0.1,
             select_by="last",
             init_from=weights,
@@ -142,9 +144,11 @@ def config() -> Config:
     return recipe(
         "instructgpt_1b3",
         policy="gpt3-1.3b",
-        mesh=MeshConfig(data=1, fsdp=-1, model=1),
+        # fsdp within the planes of 2x2x2: the compiler sums gradients into parts there (docs/plan.md).
+        mesh=MeshConfig(data=2, fsdp=-1, model=1),
         sft=(9.65e-6, 32),
         init=(5e-6, 32),
+        sft_remat="wide",
         # The final value is not printed; without ptx every run above 8.05e-6 diverged.
         policy_rate=8.05e-6,
         value_rate=9e-6,

@@ -30,6 +30,7 @@ def config() -> Config:
         mesh=MeshConfig(data=2, fsdp=-1, model=1),
         sft=(9.65e-6, 32),
         init=(1.04e-5, 32),
+        sft_remat="none",
         policy_rate=8.05e-6,
         value_rate=9e-6,
         grad_accumulation=2,
