@@ -458,6 +458,20 @@ def test_a_slice_inside_a_fusion_of_a_fusion_is_read_alone():
     assert plain.hbm_bytes <= found.hbm_bytes <= plain.hbm_bytes + 6 * 2 * 4 * 256
 
 
+@pytest.mark.parametrize(("shape", "nbytes"), [("f32[]", 0), ("bf16[8,128]", 8 * 128 * 2)])
+def test_a_copy_on_its_way_moves_what_is_copied(shape, nbytes):
+    text = f"""\
+HloModule jit_copy, is_scheduled=true
+
+ENTRY %main (a: {shape}) -> {shape} {{
+  %a = {shape} parameter(0)
+  %begun = ({shape}, {shape}, u32[]) copy-start(%a)
+  ROOT %there = {shape} copy-done(%begun)
+}}
+"""
+    assert timing.analyse(text, CHIPS["v5p"], [(0, 0, 0)]).hbm_bytes == nbytes
+
+
 def test_flags_of_a_tpus_runtime_reach_its_compiler(monkeypatch):
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_a=65536 --xla_enable_b")
     assert compiling.compiler_options(CHIPS["v5p"]) == {

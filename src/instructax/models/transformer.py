@@ -12,7 +12,7 @@ from instructax.batches import Layout
 from instructax.config import ModelConfig
 from instructax.models.attention import attending
 from instructax.models.layers import NARROW, QKV, Block, Norm, dropout
-from instructax.partitioning import constrain, constrain_stream
+from instructax.partitioning import by_batch_shard, constrain, constrain_stream
 
 Array = Any
 Params = Any
@@ -64,10 +64,23 @@ def _final_norm(config: ModelConfig) -> Norm:
 
 def embed(params: Params, config: ModelConfig, token_BxL: Array, position_BxL: Array) -> Array:
     """Token plus learned position embedding, in the compute dtype."""
-    x = jnp.take(params["embed"]["token"], token_BxL, axis=0)
+    x = _words(params["embed"]["token"], token_BxL, config)
     if config.positions == "learned":
         x = x + jnp.take(params["embed"]["position"], position_BxL, axis=0)
     return constrain_stream(x.astype(config.compute_dtype))
+
+
+def _words(table_VxD: Array, token_BxL: Array, config: ModelConfig) -> Array:
+    if token_BxL.size < len(table_VxD):
+        return jnp.take(table_VxD, token_BxL, axis=0)
+
+    # As many tokens as words: the table travels to them once, and its gradient back once. (The partitioner's own way takes
+    # float32, twice, and a whole table of zeros besides.)
+    def of_rows(compute_VxD: Array, token_BxL: Array) -> Array:
+        # In the table's dtype, so that gradients of a word are added in it.
+        return jnp.take(compute_VxD.astype(table_VxD.dtype), token_BxL, axis=0)
+
+    return by_batch_shard(of_rows, whole=1)(table_VxD.astype(config.compute_dtype), token_BxL)
 
 
 def finish(params: Params, config: ModelConfig, x: Array) -> Array:

@@ -17,9 +17,8 @@ def hbm_bytes(instruction: Instruction, within: Computation, module: Module) -> 
     if opcode in _NO_TRAFFIC or opcode.endswith("-done"):
         return 0.0
     if opcode in ("copy-start", "slice-start"):
-        return (
-            min(s.nbytes for s in instruction.shapes if s.nbytes > 4) if instruction.shapes else 0.0
-        )
+        # What is copied, and not the number by which it is awaited; a copied scalar is nothing.
+        return float(min((s.nbytes for s in instruction.shapes if s.nbytes > 4), default=0))
     written = float(sum(s.nbytes for s in instruction.shapes if not s.fast))
     read = 0.0
     fused = module.computations.get(instruction.attribute("calls") or "")
