@@ -71,11 +71,11 @@ def embed(params: Params, config: ModelConfig, token_BxL: Array, position_BxL: A
 
 
 def _words(table_VxD: Array, token_BxL: Array, config: ModelConfig) -> Array:
-    if token_BxL.size < len(table_VxD):
+    if token_BxL.shape[1] == 1:  # decoding: words are less than the table
         return jnp.take(table_VxD, token_BxL, axis=0)
 
-    # As many tokens as words: the table travels to them once, and its gradient back once. (The partitioner's own way takes
-    # float32, twice, and a whole table of zeros besides.)
+    # The table travels to the rows once, and its gradient back once. (The partitioner's own way takes float32, twice, and a
+    # whole table of zeros besides.)
     def of_rows(compute_VxD: Array, token_BxL: Array) -> Array:
         # In the table's dtype, so that gradients of a word are added in it.
         return jnp.take(compute_VxD.astype(table_VxD.dtype), token_BxL, axis=0)
