@@ -9,7 +9,8 @@ Planned for 8 v5p chips, never run (docs/plan.md):
 - The update 42.8 of 95 GiB a chip, in two parts; of an older plan sampling 42.5, scoring 39.8. On v6e not planned.
 - PPO, an iteration of 512 episodes at full length: update 56 s at 62% MFU; of an older plan sampling 50, scoring 15 s.
 - 0.97 PF/s-days of the model's FLOPs.
-- SFT, reward model and evaluation: not planned.
+- SFT on 4 to 512 chips, 4 rows a chip: 303 ms a step, 53% MFU (docs/plan.md, weak scaling).
+- Reward model and evaluation: not planned.
 
 Where the paper is silent: reward rows of 2,048 slots (a prompt whose responses need more is left out and counted), bands of 256
 positions in every second layer, lambda .95, value clip .2, no whitening of rewards, no clip of gradients. Weights, tokenizer and data
@@ -144,8 +145,7 @@ def config() -> Config:
     return recipe(
         "instructgpt_1b3",
         policy="gpt3-1.3b",
-        # fsdp within the planes of 2x2x2: the compiler sums gradients into parts there (docs/plan.md).
-        mesh=MeshConfig(data=2, fsdp=-1, model=1),
+        mesh=MeshConfig(data=1, fsdp=-1, model=1),
         sft=(9.65e-6, 32),
         init=(5e-6, 32),
         sft_remat="wide",
