@@ -229,9 +229,9 @@ from instructax.steps.accumulate import gradient
 from instructax.steps.sft import lm_objective
 
 text, found, moved = tiny.text(16, 12), [], {}
-for shape in ((1, 1, 1), (1, 4, 1), (1, 2, 2)):
+for shape, numbers in (((1, 1, 1), (1,)), ((1, 4, 1), (1, 6)), ((1, 2, 2), (6,))):
     run = on_mesh.open_run(shape)
-    for chunks in (1, 6):
+    for chunks in numbers:
         logprobs.CHUNK_BYTES = 4 * 16 * on_mesh.MODEL.padded_vocab_size * 12 // (shape[0] * shape[1] * chunks)
         with jax.set_mesh(run.mesh):
             params = mesh.init_sharded(
@@ -244,7 +244,7 @@ for shape in ((1, 1, 1), (1, 4, 1), (1, 2, 2)):
         moved[shape, chunks] = sum(sent.wire for sent in cost.collectives.values())
 for other in found[1:]:
     tiny.assert_close(other, found[0], rtol=1e-5, atol=1e-6)
-assert moved[(1, 1, 1), 6] == 0 < moved[(1, 4, 1), 1]
+assert moved[(1, 1, 1), 1] == 0 < moved[(1, 4, 1), 1]
 assert moved[(1, 4, 1), 6] == moved[(1, 4, 1), 1], moved
 print("passed")
 """
@@ -252,4 +252,5 @@ print("passed")
 
 @pytest.mark.laws
 def test_on_a_mesh_the_stream_does_not_travel_with_every_chunk_of_logits():
-    apart.passes(CHUNKED)
+    # Nearly all of its time is compilation.
+    apart.passes(CHUNKED, XLA_FLAGS="--xla_backend_optimization_level=0")
