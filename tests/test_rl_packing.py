@@ -153,3 +153,16 @@ def test_sampled_episodes_end_at_the_prompts_right_edge_and_go_on_behind_it():
     source = episode_rows(order, mask, response_B, slots)
     wanted = [s for e in range(3) for s in slots_of(e, PROMPT - prompt_B, prompt_B + response_B)]
     assert sorted(source[source >= 0].tolist()) == sorted(wanted)
+
+
+def test_long_responses_behind_short_prompts_are_packed_all_the_same():
+    """Half of a row's slots for responses would leave a row to each."""
+    mask_BxP = np.arange(16)[None] >= np.full((8, 1), 14)  # prompts of 2 of 16 slots
+    order_UxM = np.arange(8)[None]
+    long = episode_rows(order_UxM, mask_BxP, np.full(8, 14), 16)
+    assert long.shape == (1, 4, 32) and scored_rows(long, 16, 32) is None
+    # Where it costs no row, half it is.
+    mask_BxP = np.arange(16)[None] >= np.full((8, 1), 6)
+    short = episode_rows(order_UxM, mask_BxP, np.full(8, 6), 16)
+    half = scored_rows(short, 16, 32)
+    assert short.shape == (1, 4, 32) and half is not None and half.shape[2] == 16

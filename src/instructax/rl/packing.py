@@ -92,21 +92,25 @@ def episode_rows(
 ) -> np.ndarray:
     """source_UxRxL of sampled episodes: left-padded prompts of P slots, responses in ``slots`` more.
 
-    Of a row's slots at most :func:`~instructax.batches.scored_width` are responses'.
+    Of a row's slots at most :func:`~instructax.batches.scored_width` are responses', where that takes no more rows:
+    a row costs more than its logits.
     """
     prompt_slots = prompt_mask_BxP.shape[1]
     if not packed:
         return padded_rows(order_UxM, prompt_slots + slots)
     prompt_B = np.asarray(prompt_mask_BxP).sum(axis=1)
-    few = scored_width(prompt_slots, slots) is not None
-    return packed_rows(
-        order_UxM,
-        prompt_slots - prompt_B,
-        prompt_B + np.asarray(response_length_B),
-        prompt_slots + slots,
-        shards,
-        response_B=np.asarray(response_length_B) if few else None,
-    )
+    response_B = np.asarray(response_length_B)
+
+    def pack(limited_B: np.ndarray | None) -> np.ndarray:
+        start_B, length_B = prompt_slots - prompt_B, prompt_B + response_B
+        width = prompt_slots + slots
+        return packed_rows(order_UxM, start_B, length_B, width, shards, response_B=limited_B)
+
+    free_UxRxL = pack(None)
+    if scored_width(prompt_slots, slots) is None:
+        return free_UxRxL
+    half_UxRxL = pack(response_B)
+    return half_UxRxL if half_UxRxL.shape[1] <= free_UxRxL.shape[1] else free_UxRxL
 
 
 def scored_rows(source_UxRxL: np.ndarray, prompt_slots: int, width: int) -> np.ndarray | None:
