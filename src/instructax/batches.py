@@ -126,9 +126,7 @@ class Rollout:
     old_value_BxL: Array  # float32
     advantage_BxL: Array  # float32, whitened
     return_BxL: Array  # float32
-    scored_BxM: Array | None = (
-        None  # int32, what scored_slots returns of mask: None scores every slot
-    )
+    scored_BxM: Array | None = None  # int32, scored_slots of mask; None scores every slot
 
 
 def padded_layout(token_BxL: Array, mask_BxL: Array) -> Layout:
@@ -195,9 +193,9 @@ def scored_slots(weight_BxL: np.ndarray, widths: int = _SCORED_WIDTHS) -> np.nda
 
 
 def scored_width(prompt_slots: int, response_slots: int) -> int | None:
-    """M, the slots of a row that may hold responses: half of them where responses cannot be longer than prompts.
+    """M, the slots of a row to which responses are kept if that takes no more rows: half, rounded up.
 
-    None, which is all of them, where they may be: M would depend on the data, and another M is another program.
+    None, which is all of them, where responses may be longer than prompts: a full-length one would not fit.
     """
     return (prompt_slots + response_slots + 1) // 2 if response_slots <= prompt_slots else None
 

@@ -238,7 +238,7 @@ def constrain(
 
 
 def by_batch_shard(function: Callable[..., Any], whole: int) -> Callable[..., Any]:
-    """``function`` on every shard's rows apart, so that its loops may end at other times.
+    """``function`` on every shard's rows apart: its loops may end at other times, and nothing is exchanged within them.
 
     The first ``whole`` arguments are the same for all shards: what is sharded over ``fsdp`` is gathered
     once. All others, and the results, have rows. Tensor parallelism stays the compiler's.
@@ -257,3 +257,17 @@ def by_batch_shard(function: Callable[..., Any], whole: int) -> Callable[..., An
         )(*args)
 
     return call
+
+
+def by_batch_shard_with_table(
+    function: Callable[..., Any], table: jax.Array, dtype: Any, *of_rows: Any
+) -> Any:
+    """``function(table, *of_rows)`` on every shard's rows apart.
+
+    The table travels to them once, in ``dtype``, and its gradient back once, added up on a shard in the table's own.
+    """
+
+    def call(narrow, *of_rows):
+        return function(narrow.astype(table.dtype), *of_rows)
+
+    return by_batch_shard(call, whole=1)(table.astype(dtype), *of_rows)

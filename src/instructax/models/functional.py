@@ -21,7 +21,7 @@ from instructax.models.cache import Cache, admit, repeat_rows, rollout_copy
 from instructax.models.cache import empty as empty_cache
 from instructax.models.families import row_scores
 from instructax.models.families import tile as family_tile
-from instructax.partitioning import by_batch_shard, constrain, parts
+from instructax.partitioning import by_batch_shard_with_table, constrain, parts
 
 __all__ = [
     "Cache",
@@ -120,21 +120,20 @@ def _statistics(
     unembedding_VxD = _unembedding(params, config)
     rows_of_device = max(1, token_BxL.shape[0] // parts("batch"))
 
-    def of_rows(compute_VxD: Array, before_BxLxD: Array, token_BxL: Array) -> tuple[Array, Array]:
+    def of_rows(table_VxD: Array, before_BxLxD: Array, token_BxL: Array) -> tuple[Array, Array]:
         return logprobs.chunked_token_statistics(
             before_BxLxD,
             token_BxL,
-            # Chunks add their gradients in float32.
-            compute_VxD.astype(unembedding_VxD.dtype),
+            table_VxD,
             chunk=logprobs.slots_at_a_time(rows_of_device, unembedding_VxD.shape[0]),
             vocab_size=config.vocab_size,
             temperature=temperature,
             with_entropy=with_entropy,
         )
 
-    # Every shard its own rows: the unembedding travels once and its gradient once, not the stream with every chunk.
-    logp, entropy = by_batch_shard(of_rows, whole=1)(
-        unembedding_VxD.astype(before_BxLxD.dtype), before_BxLxD, token_BxL
+    # The partitioner's own way sends the stream with every chunk.
+    logp, entropy = by_batch_shard_with_table(
+        of_rows, unembedding_VxD, before_BxLxD.dtype, before_BxLxD, token_BxL
     )
     logp, entropy = jnp.where(exists_BxL, logp, 0.0), jnp.where(exists_BxL, entropy, 0.0)
     if scored_BxM is None:

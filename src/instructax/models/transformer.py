@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from instructax.batches import Layout
 from instructax.config import ModelConfig
 from instructax.models.attention import attending
 from instructax.models.layers import NARROW, QKV, Block, Norm, dropout
-from instructax.partitioning import by_batch_shard, constrain, constrain_stream
+from instructax.partitioning import by_batch_shard_with_table, constrain, constrain_stream
 
 Array = Any
 Params = Any
@@ -74,13 +75,9 @@ def _words(table_VxD: Array, token_BxL: Array, config: ModelConfig) -> Array:
     if token_BxL.shape[1] == 1:  # decoding: words are less than the table
         return jnp.take(table_VxD, token_BxL, axis=0)
 
-    # The table travels to the rows once, and its gradient back once. (The partitioner's own way takes float32, twice, and a
-    # whole table of zeros besides.)
-    def of_rows(compute_VxD: Array, token_BxL: Array) -> Array:
-        # In the table's dtype, so that gradients of a word are added in it.
-        return jnp.take(compute_VxD.astype(table_VxD.dtype), token_BxL, axis=0)
-
-    return by_batch_shard(of_rows, whole=1)(table_VxD.astype(config.compute_dtype), token_BxL)
+    # The partitioner's own way takes float32, twice, and a whole table of zeros besides.
+    take = functools.partial(jnp.take, axis=0)
+    return by_batch_shard_with_table(take, table_VxD, config.compute_dtype, token_BxL)
 
 
 def finish(params: Params, config: ModelConfig, x: Array) -> Array:

@@ -92,8 +92,8 @@ def episode_rows(
 ) -> np.ndarray:
     """source_UxRxL of sampled episodes: left-padded prompts of P slots, responses in ``slots`` more.
 
-    Of a row's slots at most :func:`~instructax.batches.scored_width` are responses', where that takes no more rows:
-    a row costs more than its logits.
+    Of a row's slots at most :func:`~instructax.batches.scored_width` are responses', where that takes no more rows: a
+    row mostly costs more than half of the logits. Without that limit there is one program more, whose logits are of all slots.
     """
     prompt_slots = prompt_mask_BxP.shape[1]
     if not packed:

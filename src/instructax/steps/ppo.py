@@ -48,9 +48,8 @@ def policy_objective(model_config: ModelConfig, config: PpoConfig) -> Objective:
 
     def network(params: Params, minibatch: Rollout, _: None) -> dict[str, Array]:
         how: dict[str, Any] = {"temperature": config.temperature}
-        if (
-            minibatch.scored_BxM is not None
-        ):  # so that a model without this choice can stand in for ours
+        # Not passed as None, so that a model without this choice can stand in for ours.
+        if minibatch.scored_BxM is not None:
             how["scored_BxM"] = minibatch.scored_BxM
         return model.token_statistics(params, model_config, minibatch.layout, **how)
 

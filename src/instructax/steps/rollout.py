@@ -192,7 +192,8 @@ def score_rollout(
 
     def networks(rows: Layout) -> tuple[dict[str, Array], Array, Array]:
         how: dict[str, Any] = {"temperature": config.temperature}
-        if scored_RxM is not None:  # so that a model without this choice can stand in for ours
+        # Not passed as None, so that a model without this choice can stand in for ours.
+        if scored_RxM is not None:
             how["scored_BxM"] = scored_RxM
         return (
             model.token_statistics(policy, model_config, rows, **how),
