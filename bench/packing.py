@@ -1,10 +1,10 @@
 """Real tokens a second of packed rows against padded ones, on the lengths of real conversations.
 
-    INSTRUCTAX_TEST_DATA=DIR python bench/packing.py [--rounds 5] [--context 512 1024]
+    INSTRUCTAX_TEST_DATA=DIR python bench/packing.py [--rounds 5] [--context 512 1024 2048]
 
 The lengths are those of the ranked replies in DIR/oasst_trees, in tokens of a tokenizer trained on them; what a context does not
-hold, half of it for the prompt, is left out. SFT: steps of 8 rows, a demonstration each or as many as fit. PPO: one iteration's
-updates of 64 episodes in minibatches of 32, a row each or packed. The model is the small one of bench/cases.py. "Filled" is the share
+hold, half of it for the prompt, is left out. SFT: steps of 8 rows, a demonstration each, or of 4 rows twice as long with as many as
+fit. PPO: one iteration's updates of 64 episodes in minibatches of 32, a row each or packed. The model is the small one of bench/cases.py. "Filled" is the share
 of padded slots that hold a token: its inverse is the most that packing can give where a slot costs the same.
 """
 
@@ -74,8 +74,9 @@ def sft(found: demonstrations.DemonstrationExamples, context: int, packed: bool)
         functools.partial(lm_step, key=None, model_config=config, optimizer=optimizer),
         donate_argnums=0,
     )
+    share = 2 if packed else 1
     stream = demonstrations.stream(
-        found, batch_size=ROWS, row_length=context, packed=packed, seed=0
+        found, batch_size=ROWS // share, row_length=share * context, packed=packed, seed=0
     )
     batches = [stream(i) for i in range(4)]
     tokens = sum(int((b.layout.segment_BxL > 0).sum()) for b in batches)
@@ -151,7 +152,7 @@ def ppo(found: demonstrations.DemonstrationExamples, context: int, packed: bool)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--context", type=int, nargs="+", default=[512, 1024])
+    parser.add_argument("--context", type=int, nargs="+", default=[512, 1024, 2048])
     given = parser.parse_args()
     folder = os.environ.get("INSTRUCTAX_TEST_DATA", "")
     if not Path(folder, "oasst_trees").is_dir():

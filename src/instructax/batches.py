@@ -172,32 +172,32 @@ def check_layout(layout: Layout) -> None:
         shapes.int_array("layout.families.response_BxNxKxT", layout.families.response_BxNxKxT, 4)
 
 
-# Widths of scored slots to choose from: another width is another program, so they are few.
-_SCORED_WIDTHS = 8
+# What scored_slots is told of episodes: a half of a row, three quarters or all of it.
+EPISODE_WIDTHS = (4, 2)
 
 
-def scored_slots(weight_BxL: np.ndarray, widths: int = _SCORED_WIDTHS) -> np.ndarray | None:
+def scored_width(length: int, needed: int, widths: int = 8, least: int = 1) -> int | None:
+    """M, ``needed`` of ``length`` slots rounded up to a ``widths``-th, ``least`` of these at least; None where that is all.
+
+    Another width is another program, so they are few.
+    """
+    step = -(-length // widths)
+    width = step * max(least, -(-needed // step))
+    return width if width < length else None
+
+
+def scored_slots(weight_BxL: np.ndarray, widths: int = 8, least: int = 1) -> np.ndarray | None:
     """scored_BxM: the slots of each row whose weight is not 0, in order, -1 behind them.
 
-    Only there are logits needed. M is the largest number in a row, rounded up to a ``widths``-th of L; None
-    where that is all of L.
+    Only there are logits needed. M is the :func:`scored_width` of the fullest row; None where that is all of L.
     """
-    length = weight_BxL.shape[1]
     counted_BxL = np.asarray(weight_BxL) != 0
-    step = -(-length // widths)
-    width = step * max(1, -(-int(counted_BxL.sum(axis=1).max(initial=0)) // step))
-    if width >= length:
+    most = int(counted_BxL.sum(axis=1).max(initial=0))
+    width = scored_width(weight_BxL.shape[1], most, widths, least)
+    if width is None:
         return None
     first_BxL = np.argsort(~counted_BxL, axis=1, kind="stable").astype(np.int32)
     return np.where(np.take_along_axis(counted_BxL, first_BxL, axis=1), first_BxL, -1)[:, :width]
-
-
-def scored_width(prompt_slots: int, response_slots: int) -> int | None:
-    """M, the slots of a row to which responses are kept if that takes no more rows: half, rounded up.
-
-    None, which is all of them, where responses may be longer than prompts: a full-length one would not fit.
-    """
-    return (prompt_slots + response_slots + 1) // 2 if response_slots <= prompt_slots else None
 
 
 def first_fit(

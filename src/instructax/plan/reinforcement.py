@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from instructax.batches import Layout, LmBatch, Rollout, scored_width
+from instructax.batches import EPISODE_WIDTHS, Layout, LmBatch, Rollout, scored_width
 from instructax.config import ModelConfig, replace
 from instructax.models import functional as model
 from instructax.plan import least_moves, model_flops
@@ -60,7 +60,7 @@ class Reinforcement(Shapes):
         tokens = rows * width
         passed = {"params": state_bytes["params"]} | frozen
         source = self.sources(rows, width) if c.packed else None
-        scored = scored_width(c.prompt_length, c.response_length)
+        scored = scored_width(width, c.response_length, *EPISODE_WIDTHS)
         unembedded = scored or width
         arguments = (
             policy.params, reference, value.params, reward, self.prompts("ppo.batch_size", rows),

@@ -14,15 +14,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instructax.batches import Layout, Rollout, first_fit, padded_layout, scored_slots, scored_width
+from instructax.batches import (
+    EPISODE_WIDTHS,
+    Layout,
+    Rollout,
+    first_fit,
+    padded_layout,
+    scored_slots,
+)
 from instructax.partitioning import constrain
 
 Array = Any
 
-# Numbers of rows to choose from: another number is another program, so they are few.
-PARTS = 6
 # Slots of a padded prompt up to which two share a row at least.
 SHORT = 512
+
+
+def _few(n: int) -> int:
+    """n rounded up to 4, 5, 6 or 7 times a power of two: another number of rows is another program."""
+    step = 2 ** max(0, n.bit_length() - 3)
+    return -(-n // step) * step
 
 
 def padded_rows(order_UxM: np.ndarray, width: int) -> np.ndarray:
@@ -38,6 +49,7 @@ def packed_rows(
     shards: int = 1,
     share: int = 1,
     response_B: np.ndarray | None = None,
+    responses: int | None = None,
 ) -> np.ndarray:
     """source_UxRxL with the M episodes of each of U groups packed into R <= M rows, longest first.
 
@@ -48,7 +60,7 @@ def packed_rows(
       width: slots of a padded row.
       shards: R is a multiple of it; M must be.
       share: L is as many times ``width``, so that R <= M / share, rounded up.
-      response_B: slots of each episode's response, at most width / 2; those of a row are then at most L / 2.
+      response_B: slots of each episode's response, of which a row takes ``responses`` at most.
 
     Raises:
       ValueError: an episode that leaves its row, or M that ``shards`` does not divide.
@@ -62,14 +74,12 @@ def packed_rows(
     there_UxM = [order_M[order_M >= 0] for order_M in order_UxM]
     longest_first_UxM = [order_M[length_B[order_M].argsort()[::-1]] for order_M in there_UxM]
     capacity, most = share * width, -(-size // share // shards) * shards
-    size_Bx2 = np.stack(
-        [length_B, np.zeros_like(length_B) if response_B is None else response_B], 1
-    )
-    room = (capacity, capacity // 2)
-    plans = [first_fit(size_Bx2[order_M], room) for order_M in longest_first_UxM]
-    needed = max(map(len, plans))
-    step = -(-most // PARTS // shards) * shards if most >= PARTS * shards else shards
-    rows = min(most, -(-needed // step) * step)
+    sizes, room = [length_B], [capacity]
+    if response_B is not None and responses is not None:
+        sizes, room = [*sizes, np.asarray(response_B)], [*room, responses]
+    size_BxS = np.stack(sizes, 1)
+    plans = [first_fit(size_BxS[order_M], room) for order_M in longest_first_UxM]
+    rows = min(most, shards * _few(-(-max(map(len, plans)) // shards)))
     source_UxRxL = np.full((groups, rows, capacity), -1, np.int32)
     for group, (order_M, plan) in enumerate(zip(longest_first_UxM, plans, strict=True)):
         for row, members in enumerate(plan):
@@ -92,25 +102,34 @@ def episode_rows(
 ) -> np.ndarray:
     """source_UxRxL of sampled episodes: left-padded prompts of P slots, responses in ``slots`` more.
 
-    Of a row's slots at most :func:`~instructax.batches.scored_width` are responses', where that takes no more rows: a
-    row mostly costs more than half of the logits. Without that limit there is one program more, whose logits are of all slots.
+    Rows are two episodes long where that saves an eighth of all slots: more fits, but attention looks further. Responses
+    have as few of a row's slots as take no more rows (``EPISODE_WIDTHS``): a row mostly costs more than its logits.
     """
     prompt_slots = prompt_mask_BxP.shape[1]
+    width = prompt_slots + slots
     if not packed:
-        return padded_rows(order_UxM, prompt_slots + slots)
+        return padded_rows(order_UxM, width)
     prompt_B = np.asarray(prompt_mask_BxP).sum(axis=1)
     response_B = np.asarray(response_length_B)
 
-    def pack(limited_B: np.ndarray | None) -> np.ndarray:
+    def pack(share: int, responses: int | None = None) -> np.ndarray:
         start_B, length_B = prompt_slots - prompt_B, prompt_B + response_B
-        width = prompt_slots + slots
-        return packed_rows(order_UxM, start_B, length_B, width, shards, response_B=limited_B)
+        return packed_rows(
+            order_UxM, start_B, length_B, width, shards, share, response_B, responses
+        )
 
-    free_UxRxL = pack(None)
-    if scored_width(prompt_slots, slots) is None:
-        return free_UxRxL
-    half_UxRxL = pack(response_B)
-    return half_UxRxL if half_UxRxL.shape[1] <= free_UxRxL.shape[1] else free_UxRxL
+    share, plan_UxRxL = 1, pack(1)
+    if order_UxM.shape[1] % (2 * shards) == 0:
+        long_UxRxL = pack(2)
+        if 8 * long_UxRxL.size <= 7 * plan_UxRxL.size:
+            share, plan_UxRxL = 2, long_UxRxL
+    length, (widths, least) = share * width, EPISODE_WIDTHS
+    for responses in -(-length // widths) * np.arange(least, widths):
+        if slots <= responses < length:
+            limited_UxRxL = pack(share, int(responses))
+            if limited_UxRxL.shape[1] <= plan_UxRxL.shape[1]:
+                return limited_UxRxL
+    return plan_UxRxL
 
 
 def scored_rows(source_UxRxL: np.ndarray, prompt_slots: int, width: int) -> np.ndarray | None:
@@ -118,10 +137,8 @@ def scored_rows(source_UxRxL: np.ndarray, prompt_slots: int, width: int) -> np.n
 
     Only there are logits needed.
     """
-    if scored_width(prompt_slots, width - prompt_slots) is None:
-        return None
     is_response_UxRxL = (source_UxRxL >= 0) & (source_UxRxL % width >= prompt_slots)
-    scored_NxM = scored_slots(is_response_UxRxL.reshape(-1, source_UxRxL.shape[2]), widths=2)
+    scored_NxM = scored_slots(is_response_UxRxL.reshape(-1, source_UxRxL.shape[2]), *EPISODE_WIDTHS)
     return None if scored_NxM is None else scored_NxM.reshape(*source_UxRxL.shape[:2], -1)
 
 
