@@ -22,7 +22,7 @@ from instructax.batches import (
     padded_layout,
     scored_slots,
 )
-from instructax.config import Config, ModelConfig, OptimizerConfig, PpoConfig
+from instructax.config import Config, MeshConfig, ModelConfig, OptimizerConfig, PpoConfig
 from instructax.data.comparisons import family_sizes, layout_rows
 from instructax.models import functional as model
 from instructax.runtime import mesh
@@ -57,7 +57,8 @@ def model_config(shape: Shape) -> ModelConfig:
 
 def build(case: Case) -> Callable[[], Any]:
     """One unit of the case's work; its results are there when it returns."""
-    lay = mesh.make_mesh(Config().mesh)
+    # A token of every row reads all weights: in generation each device reads its part of them.
+    lay = mesh.make_mesh(MeshConfig(1, 1, -1) if case.work.kind == "generate" else MeshConfig())
     with jax.set_mesh(lay):
         once = _BUILD[case.work.kind](case, lay)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -12,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from instructax import partitioning
 from instructax.config import ModelConfig
 from instructax.models import functional
+from instructax.models.layers import joined
 
 GPT = ModelConfig(num_layers=2, d_model=64, num_heads=4, vocab_size=300)
 LLAMA = ModelConfig(
@@ -49,6 +52,10 @@ def test_every_parameter_has_one_rule_and_every_rule_a_parameter():
         tree = abstract(config, head)
         partitioning.param_specs(tree, MESH)
         found += paths(tree)
+        attn = jax.eval_shape(functools.partial(joined, config=config), tree["blocks"]["attn"])
+        copy = {"blocks": {"attn": attn}}  # of the rollout copy, before its layers part
+        partitioning.param_specs(copy, MESH)
+        found += paths(copy)
     for end, _ in partitioning.PARAMETERS:
         alone = [p for p in found if partitioning.re.search(rf"(?:^|/){end}$", p)]
         assert alone, f"no parameter of any model ends like {end}"

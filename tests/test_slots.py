@@ -190,7 +190,7 @@ def test_every_prompt_token_has_one_home(group, shards):
 
 def test_packed_prompts_take_fewer_rows():
     mask = np.arange(52)[None] >= 52 - np.random.default_rng(0).integers(8, 40, 64)[:, None]
-    assert prompt_rows(mask).shape == (1, 18, 104)  # of 32, mean lengths being 23 of 52
+    assert prompt_rows(mask).shape == (1, 16, 104)  # of 32, mean lengths being 23 of 52
     assert prompt_rows(mask, 16).shape[0] == 4 and prompt_rows(mask, 16).shape[1] < 8
 
 

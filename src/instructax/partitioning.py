@@ -37,6 +37,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "heads": ("model",),
     "kv_heads": ("model",),
     "head_width": (),
+    "of_group": (),  # the queries of a key-value head, its key and its value
     "mlp": ("model",),
     "scalar": (),
 }
@@ -60,6 +61,8 @@ PARAMETERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"blocks/attn/q/bias", ("layers", "heads", "head_width")),
     (r"blocks/attn/(k|v)/kernel", ("layers", "d_model", "kv_heads", "head_width")),
     (r"blocks/attn/(k|v)/bias", ("layers", "kv_heads", "head_width")),
+    (r"blocks/attn/qkv/kernel", ("layers", "d_model", "kv_heads", "of_group")),
+    (r"blocks/attn/qkv/bias", ("layers", "kv_heads", "of_group")),
     (r"blocks/attn/(q_norm|k_norm)/scale", ("layers", "head_width")),
     (r"blocks/attn/out/kernel", ("layers", "heads", "head_width", "d_model")),
     (r"blocks/attn/out/bias", ("layers", "features")),

@@ -51,17 +51,17 @@ def hidden(x_Bx1xF: Array, config: ModelConfig) -> Array:
     return constrain(x_Bx1xF, "replica", None, "mlp", rules=_rules(config))
 
 
-def to_cache(x_Bx1xHxC: Array, config: ModelConfig) -> Array:
-    """From where a kernel makes heads to where the cache has them."""
+def to_cache(x_Bx1xGxJ: Array, config: ModelConfig) -> Array:
+    """From where a kernel makes groups of heads to where the cache has them."""
     rules = _rules(config)
     if rules is DECODING:
-        x_Bx1xHxC = constrain(x_Bx1xHxC, "replica", None, "heads", None, rules=rules)
-        x_Bx1xHxC = constrain(x_Bx1xHxC, "batch", None, None, None)
-    return constrain(x_Bx1xHxC, "batch", None, "heads", None)
+        x_Bx1xGxJ = constrain(x_Bx1xGxJ, "replica", None, "kv_heads", None, rules=rules)
+        x_Bx1xGxJ = constrain(x_Bx1xGxJ, "batch", None, None, None)
+    return constrain(x_Bx1xGxJ, "batch", None, "kv_heads", None)
 
 
 def from_cache(x_Bx1xHxC: Array, config: ModelConfig) -> Array:
-    """And back, to where a kernel takes them."""
+    """And what was looked up, to where a kernel takes heads."""
     rules = _rules(config)
     if rules is DECODING:
         x_Bx1xHxC = constrain(x_Bx1xHxC, "batch", None, None, None)

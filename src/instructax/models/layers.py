@@ -111,6 +111,33 @@ class Linear(nn.Module):
         return y
 
 
+def joined(attn: Any, config: ModelConfig) -> Any:
+    """Parameters of :class:`Attention` with q, k and v as one product, qkv: of every group its queries, key and value."""
+
+    def join(q: Array, k: Array, v: Array) -> Array:
+        return jnp.concatenate([q.reshape(q.shape[:-2] + (config.kv_heads, -1)), k, v], axis=-1)
+
+    rest = {name: of for name, of in attn.items() if name not in ("q", "k", "v")}
+    return rest | {"qkv": jax.tree.map(join, attn["q"], attn["k"], attn["v"])}
+
+
+def apart(attn: Any, config: ModelConfig) -> Any:
+    """The parameters of which :func:`joined` made these."""
+    rest = {name: of for name, of in attn.items() if name != "qkv"}
+    parts = {name: _heads(x, config) for name, x in attn["qkv"].items()}
+    return rest | {
+        key: {name: of[i] for name, of in parts.items()} for i, key in enumerate(("q", "k", "v"))
+    }
+
+
+def _heads(qkv: Array, config: ModelConfig) -> tuple[Array, Array, Array]:
+    """(..., H, C) queries, (..., G, C) keys and values of (..., G, (H / G + 2) C)."""
+    heads, width = config.num_heads, config.head_width
+    queries = heads // config.kv_heads * width
+    q, k, v = jnp.split(qkv, (queries, queries + width), axis=-1)
+    return q.reshape(q.shape[:-2] + (heads, width)), k, v
+
+
 class Attention(nn.Module):
     config: ModelConfig
     residual_std: float
@@ -120,16 +147,18 @@ class Attention(nn.Module):
     def __call__(self, x: Array, position_BxL: Array, attend: Attend) -> tuple[Array, Any]:
         c = self.config
         heads, groups, width = c.num_heads, c.kv_heads, c.head_width
+        linear = functools.partial(Linear, std=c.init_std, use_bias=c.use_bias)
         if self.decoding:
             x = decoding.to_kernels(x, c)
-        q = Linear((heads, width), c.init_std, c.use_bias, name="q")(x)
-        k = Linear((groups, width), c.init_std, c.use_bias, name="k")(x)
-        v = Linear((groups, width), c.init_std, c.use_bias, name="v")(x)
-        q, k, v = (checkpoint_name(x, QKV) for x in (q, k, v))
-        if self.decoding:
-            q, k, v = (decoding.to_cache(x, c) for x in (q, k, v))
+            qkv = linear((groups, (heads // groups + 2) * width), name="qkv")(x)
+            q, k, v = _heads(decoding.to_cache(qkv, c), c)
+            k, v = (constrain(x, "batch", None, "kv_heads", None) for x in (k, v))
         else:
-            q = constrain(q, "batch", None, "heads", None)
+            q = linear((heads, width), name="q")(x)
+            k = linear((groups, width), name="k")(x)
+            v = linear((groups, width), name="v")(x)
+            q, k, v = (checkpoint_name(x, QKV) for x in (q, k, v))
+        q = constrain(q, "batch", None, "heads", None)
         if c.qk_norm:
             q = Norm("rms", c.norm_eps, False, name="q_norm")(q)
             k = Norm("rms", c.norm_eps, False, name="k_norm")(k)
@@ -171,7 +200,8 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then + mlp(norm(x)); GPT-1 normalises after each sum instead.
 
-    ``decoding``: of one token a row; activations then travel to the weights, not weights to rows.
+    ``decoding``: of one token a row; activations then travel to the weights, not weights to rows, and the
+    parameters are :func:`joined`.
     """
 
     config: ModelConfig
