@@ -174,7 +174,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--units", type=int, default=3, help="units of work in a round")
-    parser.add_argument("--only", default="", help="cases whose key holds this")
+    parser.add_argument(
+        "--only", nargs="+", default=[], help="cases that hold all of these: reward medium"
+    )
     parser.add_argument("--columns", nargs="+", default=list(table.COLUMNS))
     parser.add_argument("--miniature", action="store_true", help="tiny shapes: does it all run?")
     parser.add_argument("--output", type=Path, default=Path("runs/bench"))
@@ -182,7 +184,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     said = " ".join(sys.argv[1:] if arguments is None else arguments)
 
     everything = cases.gpu_cases() if given.device == "gpu" else cases.cpu_cases()
-    chosen = [case for case in everything if given.only in case.key]
+    chosen = [case for case in everything if all(part in case.key for part in given.only)]
+    if not chosen:
+        known = ", ".join(case.key for case in everything)
+        parser.error(f"--only {' '.join(given.only)}: no case is called so; there are {known}")
     given.output.mkdir(parents=True, exist_ok=True)
     made = columns.make(columns.ROOT / given.peers, given.device, columns.ROOT / ".cache" / "bench")
     report: dict[str, Any] = {

@@ -57,8 +57,9 @@ def model_config(shape: Shape) -> ModelConfig:
 
 def build(case: Case) -> Callable[[], Any]:
     """One unit of the case's work; its results are there when it returns."""
-    # A token of every row reads all weights: in generation each device reads its part of them.
-    lay = mesh.make_mesh(MeshConfig(1, 1, -1) if case.work.kind == "generate" else MeshConfig())
+    # A token of every row reads all weights: where they are many, each device reads its part of them.
+    by_weights = case.work.kind == "generate" and case.shape != cases.SMALL
+    lay = mesh.make_mesh(MeshConfig(1, 1, -1) if by_weights else MeshConfig())
     with jax.set_mesh(lay):
         once = _BUILD[case.work.kind](case, lay)
 

@@ -1,6 +1,6 @@
 """Real tokens a second of packed rows against padded ones, on the lengths of real conversations.
 
-    INSTRUCTAX_TEST_DATA=DIR python bench/packing.py [--rounds 5] [--context 512 1024 2048]
+    INSTRUCTAX_TEST_DATA=DIR python bench/packing.py [--rounds 5] [--context 512 1024] [--only sft ppo]
 
 The lengths are those of the ranked replies in DIR/oasst_trees, in tokens of a tokenizer trained on them; what a context does not
 hold, half of it for the prompt, is left out. SFT: steps of 8 rows, a demonstration each, or of 4 rows twice as long with as many as
@@ -152,7 +152,8 @@ def ppo(found: demonstrations.DemonstrationExamples, context: int, packed: bool)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--context", type=int, nargs="+", default=[512, 1024, 2048])
+    parser.add_argument("--context", type=int, nargs="+", default=[512, 1024])
+    parser.add_argument("--only", choices=("sft", "ppo"), nargs="+", default=["sft", "ppo"])
     given = parser.parse_args()
     folder = os.environ.get("INSTRUCTAX_TEST_DATA", "")
     if not Path(folder, "oasst_trees").is_dir():
@@ -161,7 +162,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for context in given.context:
         found = examples(Path(folder), context)
-        for name, build in (("SFT step", sft), ("PPO updates", ppo)):
+        for work in given.only:
+            name, build = {"sft": ("SFT step", sft), "ppo": ("PPO updates", ppo)}[work]
             (padded, filled), (packed, _) = (build(found, context, p) for p in (False, True))
             seconds: list[list[float]] = [[], []]
             tokens = [run() for run in (padded, packed)]  # compiles
