@@ -6,10 +6,9 @@ Planned for 16 v5p chips, never run (docs/plan.md):
 
     JAX_PLATFORMS=cpu launch/local.sh --flags tpu -- plan --config configs/instructgpt_6b.py --topology v5p:2x2x4 --only ppo
 
-- Largest program `ppo/update`: 76.3 of 95 GiB a chip, each minibatch in two parts (53.0 with `--mesh.data 1`). On v6e not planned.
-  (PPO's figures are of before asynchronous gathers.)
-- PPO, an iteration of 512 episodes at full length: 120 s (prefill 1, decode 12, score 14, update 93); the update at 66% MFU,
-  decoding at 48% of its bandwidth bound; 500 iterations: 17 hours. (Scoring is of an older plan.)
+- Largest program `ppo/update`: 80.3 of 95 GiB a chip, each minibatch in two parts; sampling 65.0, scoring 46.6. On v6e not planned.
+- PPO, an iteration of 512 episodes at full length: 111 s (prefill 1, decode 11, score 8, update 90); the update at 68% MFU,
+  decoding at 52% of its bandwidth bound; 500 iterations: 15 hours.
 - 3.03 PF/s-days of the model's FLOPs.
 - SFT (`--only sft/step`): 635 ms a step, 61% MFU, 49.3 GiB.
 - Reward model and evaluation: not planned.
