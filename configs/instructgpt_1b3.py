@@ -6,8 +6,9 @@ Planned for 8 v5p chips, never run (docs/plan.md):
 
     JAX_PLATFORMS=cpu launch/local.sh --flags tpu -- plan --config configs/instructgpt_1b3.py --topology v5p:2x2x2 --only ppo
 
-- The update 44.7 of 95 GiB a chip, in two parts; of an older plan sampling 42.5, scoring 39.8. On v6e not planned.
-- PPO, an iteration of 512 episodes at full length: update 54 s at 65% MFU; of an older plan sampling 50, scoring 15 s.
+- Largest program: sampling, 46.5 of 95 GiB a chip; the update 44.7, in two parts; scoring 39.8. On v6e not planned.
+- PPO, an iteration of 512 episodes at full length: 78 s (prefill 1, decode 8, score 15, update 54); the update at 65% MFU,
+  decoding at 52% of its bandwidth bound. (Scoring is of an older plan.)
 - 0.97 PF/s-days of the model's FLOPs.
 - SFT on 4 to 512 chips, 4 rows a chip: 300 to 312 ms a step, 52 to 54% MFU (docs/plan.md, weak scaling).
 - Reward model and evaluation: not planned.
