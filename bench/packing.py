@@ -4,8 +4,9 @@
 
 The lengths are those of the ranked replies in DIR/oasst_trees, in tokens of a tokenizer trained on them; what a context does not
 hold, half of it for the prompt, is left out. SFT: steps of 8 rows, a demonstration each, or of 4 rows twice as long with as many as
-fit. PPO: one iteration's updates of 64 episodes in minibatches of 32, a row each or packed. The model is the small one of bench/cases.py. "Filled" is the share
-of padded slots that hold a token: its inverse is the most that packing can give where a slot costs the same.
+fit. PPO: one iteration's updates of 64 episodes in minibatches of 32, a row each or packed. The model is the small one of
+bench/cases.py. "Filled" is the share of padded slots that hold a token: its inverse is the most that packing can give where a slot
+costs the same.
 """
 
 from __future__ import annotations
@@ -149,11 +150,14 @@ def ppo(found: demonstrations.DemonstrationExamples, context: int, packed: bool)
     return run, tokens / rows.size
 
 
+WORKS = {"sft": ("SFT step", sft), "ppo": ("PPO updates", ppo)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--context", type=int, nargs="+", default=[512, 1024])
-    parser.add_argument("--only", choices=("sft", "ppo"), nargs="+", default=["sft", "ppo"])
+    parser.add_argument("--only", choices=list(WORKS), nargs="+", default=list(WORKS))
     given = parser.parse_args()
     folder = os.environ.get("INSTRUCTAX_TEST_DATA", "")
     if not Path(folder, "oasst_trees").is_dir():
@@ -162,8 +166,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for context in given.context:
         found = examples(Path(folder), context)
-        for work in given.only:
-            name, build = {"sft": ("SFT step", sft), "ppo": ("PPO updates", ppo)}[work]
+        for name, build in (WORKS[work] for work in given.only):
             (padded, filled), (packed, _) = (build(found, context, p) for p in (False, True))
             seconds: list[list[float]] = [[], []]
             tokens = [run() for run in (padded, packed)]  # compiles

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from instructax import partitioning
 from instructax.config import ModelConfig
 from instructax.models import functional
-from instructax.models.layers import joined
+from instructax.models.layers import join_qkv
 
 GPT = ModelConfig(num_layers=2, d_model=64, num_heads=4, vocab_size=300)
 LLAMA = ModelConfig(
@@ -52,7 +52,7 @@ def test_every_parameter_has_one_rule_and_every_rule_a_parameter():
         tree = abstract(config, head)
         partitioning.param_specs(tree, MESH)
         found += paths(tree)
-        attn = jax.eval_shape(functools.partial(joined, config=config), tree["blocks"]["attn"])
+        attn = jax.eval_shape(functools.partial(join_qkv, config=config), tree["blocks"]["attn"])
         copy = {"blocks": {"attn": attn}}  # of the rollout copy, before its layers part
         partitioning.param_specs(copy, MESH)
         found += paths(copy)

@@ -154,6 +154,43 @@ def test_sampled_episodes_end_at_the_prompts_right_edge_and_go_on_behind_it():
     assert sorted(source[source >= 0].tolist()) == sorted(wanted)
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    prompt=st.integers(1, 40),
+    slots=st.integers(1, 40),
+    size=st.integers(1, 12),
+    shards=st.sampled_from((1, 2, 4)),
+)
+def test_whatever_the_lengths_every_slot_lies_once_and_every_response_is_scored(
+    seed, prompt, slots, size, shards
+):
+    rng, episodes, width = np.random.default_rng(seed), size * shards, prompt + slots
+    prompt_B = rng.integers(1, rng.integers(1, prompt + 1) + 1, episodes)
+    response_B = rng.integers(rng.integers(0, slots + 1), slots + 1, episodes)
+    mask_BxP = np.arange(prompt) >= (prompt - prompt_B)[:, None]
+    order_UxM = rng.permutation(episodes)[None]
+    source = episode_rows(order_UxM, mask_BxP, response_B, slots, shards=shards)
+    real = np.sort(source[source >= 0])
+    wanted = [
+        np.arange(e * width + prompt - p, e * width + prompt + r)
+        for e, (p, r) in enumerate(zip(prompt_B, response_B, strict=True))
+    ]
+    np.testing.assert_array_equal(real, np.concatenate(wanted))
+    assert source.shape[1] % shards == 0 and source.size <= episodes * width
+    scored = scored_rows(source, prompt, width)
+    if scored is not None:
+        taken = np.take_along_axis(source, np.maximum(scored, 0), axis=2)[scored >= 0]
+        np.testing.assert_array_equal(np.sort(taken), real[real % width >= prompt])
+
+
+def test_responses_too_long_for_two_in_half_of_a_row_of_two_lengths():
+    """A limit may take more rows than there would be without; then it is not kept to."""
+    mask_BxP = np.arange(16)[None] >= np.full((12, 1), 14)
+    rows = episode_rows(np.arange(12)[None], mask_BxP, np.full(12, 20), 20)
+    assert rows.shape == (1, 4, 72) and scored_rows(rows, 16, 36) is None
+
+
 def test_long_responses_behind_short_prompts_are_packed_all_the_same():
     """Half of a row's slots for responses would leave a row to each."""
     mask_BxP = np.arange(16)[None] >= np.full((8, 1), 14)  # prompts of 2 of 16 slots

@@ -214,15 +214,16 @@ def test_the_reward_model_reads_eos_where_a_stop_token_ended_the_response(w):
     np.testing.assert_allclose(per_episode["score"], expected, atol=1e-5)
 
 
-def packed(w: World, order_UxM) -> np.ndarray:
+def packed(w: World, order_UxM, share: int = 1) -> np.ndarray:
     prompt_B = np.asarray(w.prompts.mask_BxP).sum(1)
     length_B = prompt_B + np.asarray(w.responses.mask_BxT).sum(1)
-    return packed_rows(order_UxM, WIDTH - prompt_B, length_B, WIDTH + RESPONSE)
+    return packed_rows(order_UxM, WIDTH - prompt_B, length_B, WIDTH + RESPONSE, share=share)
 
 
 @pytest.mark.laws
-def test_packed_rows_score_like_padded_ones(w):
-    source_RxL = packed(w, np.arange(len(LENGTHS))[None])[0]
+@pytest.mark.parametrize("share", [1, 2])
+def test_packed_rows_score_like_padded_ones(w, share):
+    source_RxL = packed(w, np.arange(len(LENGTHS))[None], share)[0]
     assert len(source_RxL) < len(LENGTHS), "something must share a row"
     kept = scored(w)
     tight = scorer(CONFIG)(
@@ -251,9 +252,10 @@ def test_the_value_network_starts_as_the_reward_model_scaled_like_the_rewards(w)
 
 
 @pytest.mark.laws
-def test_packed_rows_update_like_padded_ones(w):
+@pytest.mark.parametrize("share", [1, 2])
+def test_packed_rows_update_like_padded_ones(w, share):
     order_UxM = np.array([[2, 1, 0], [4, 2, 0]])  # in both a short one has room behind another
-    source_UxRxL = packed(w, order_UxM)
+    source_UxRxL = packed(w, order_UxM, share)
     assert source_UxRxL.shape[1] < CONFIG.minibatch_size
     step, rollout = iteration(CONFIG), scored(w)[0]
     state, metrics = step(start(w), rollout, w.ptx, jnp.float32(1.0), source_UxRxL)

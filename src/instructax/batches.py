@@ -176,7 +176,7 @@ def check_layout(layout: Layout) -> None:
 EPISODE_WIDTHS = (4, 2)
 
 
-def scored_width(length: int, needed: int, widths: int = 8, least: int = 1) -> int | None:
+def scored_width(length: int, needed: int, widths: int, least: int) -> int | None:
     """M, ``needed`` of ``length`` slots rounded up to a ``widths``-th, ``least`` of these at least; None where that is all.
 
     Another width is another program, so they are few.

@@ -15,7 +15,7 @@ from instructax.batches import Layout, padded_layout, pytree
 from instructax.config import ModelConfig
 from instructax.models import decoding
 from instructax.models.attention import attending, heads_first
-from instructax.models.layers import Block, apart, joined
+from instructax.models.layers import Block, join_qkv, part_qkv
 from instructax.models.stored import Stored, heads_joined, like, look, put, store
 from instructax.models.transformer import embed, finish
 
@@ -46,7 +46,7 @@ def rollout_copy(params: Params, config: ModelConfig) -> Params:
     Queries, keys and values of a token are one product, and go to the cache together.
     """
     copy = jax.tree.map(lambda p: p.astype(config.compute_dtype), params)
-    copy["blocks"]["attn"] = joined(copy["blocks"]["attn"], config)
+    copy["blocks"]["attn"] = join_qkv(copy["blocks"]["attn"], config)
     copy = decoding.placed(copy, config)
     copy["blocks"] = tuple(
         jax.tree.map(lambda p, i=i: p[i], copy["blocks"]) for i in range(config.num_layers)
@@ -76,7 +76,7 @@ def _read(copy: Params, config: ModelConfig, layout: Layout) -> tuple[Array, lis
             return of_layer(q, k, v), (heads_first(k), heads_first(v))
 
         # Of many tokens they are three: what is kept of each layer would be the whole product otherwise.
-        params = {**params, "attn": apart(params["attn"], config)}
+        params = {**params, "attn": part_qkv(params["attn"], config)}
         x, (key, value) = _apply(block, params, x, layout.position_BxL, attend)
         keys.append(key)
         values.append(value)

@@ -111,7 +111,7 @@ class Linear(nn.Module):
         return y
 
 
-def joined(attn: Any, config: ModelConfig) -> Any:
+def join_qkv(attn: Any, config: ModelConfig) -> Any:
     """Parameters of :class:`Attention` with q, k and v as one product, qkv: of every group its queries, key and value."""
 
     def join(q: Array, k: Array, v: Array) -> Array:
@@ -121,8 +121,8 @@ def joined(attn: Any, config: ModelConfig) -> Any:
     return rest | {"qkv": jax.tree.map(join, attn["q"], attn["k"], attn["v"])}
 
 
-def apart(attn: Any, config: ModelConfig) -> Any:
-    """The parameters of which :func:`joined` made these."""
+def part_qkv(attn: Any, config: ModelConfig) -> Any:
+    """The parameters of which :func:`join_qkv` made these."""
     rest = {name: of for name, of in attn.items() if name != "qkv"}
     parts = {name: _heads(x, config) for name, x in attn["qkv"].items()}
     return rest | {
@@ -201,7 +201,7 @@ class Block(nn.Module):
     """x + attention(norm(x)), then + mlp(norm(x)); GPT-1 normalises after each sum instead.
 
     ``decoding``: of one token a row; activations then travel to the weights, not weights to rows, and the
-    parameters are :func:`joined`.
+    parameters are those of :func:`join_qkv`.
     """
 
     config: ModelConfig

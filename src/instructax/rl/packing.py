@@ -48,8 +48,7 @@ def packed_rows(
     width: int,
     shards: int = 1,
     share: int = 1,
-    response_B: np.ndarray | None = None,
-    responses: int | None = None,
+    limit: tuple[np.ndarray, int] | None = None,
 ) -> np.ndarray:
     """source_UxRxL with the M episodes of each of U groups packed into R <= M rows, longest first.
 
@@ -59,8 +58,8 @@ def packed_rows(
       length_B: its real slots, which are contiguous.
       width: slots of a padded row.
       shards: R is a multiple of it; M must be.
-      share: L is as many times ``width``, so that R <= M / share, rounded up.
-      response_B: slots of each episode's response, of which a row takes ``responses`` at most.
+      share: L is as many times ``width``, so that R <= M / share, rounded up, unless ``limit`` takes more.
+      limit: slots of each episode's response, and how many such slots a row takes at most.
 
     Raises:
       ValueError: an episode that leaves its row, or M that ``shards`` does not divide.
@@ -74,12 +73,11 @@ def packed_rows(
     there_UxM = [order_M[order_M >= 0] for order_M in order_UxM]
     longest_first_UxM = [order_M[length_B[order_M].argsort()[::-1]] for order_M in there_UxM]
     capacity, most = share * width, -(-size // share // shards) * shards
-    sizes, room = [length_B], [capacity]
-    if response_B is not None and responses is not None:
-        sizes, room = [*sizes, np.asarray(response_B)], [*room, responses]
-    size_BxS = np.stack(sizes, 1)
-    plans = [first_fit(size_BxS[order_M], room) for order_M in longest_first_UxM]
-    rows = min(most, shards * _few(-(-max(map(len, plans)) // shards)))
+    limited_B, limited = limit or (np.zeros_like(length_B), 0)
+    size_Bx2 = np.stack([length_B, limited_B], 1)
+    plans = [first_fit(size_Bx2[order_M], (capacity, limited)) for order_M in longest_first_UxM]
+    needed = -(-max(map(len, plans)) // shards)  # of a shard
+    rows = max(needed * shards, min(most, _few(needed) * shards))
     source_UxRxL = np.full((groups, rows, capacity), -1, np.int32)
     for group, (order_M, plan) in enumerate(zip(longest_first_UxM, plans, strict=True)):
         for row, members in enumerate(plan):
@@ -114,9 +112,8 @@ def episode_rows(
 
     def pack(share: int, responses: int | None = None) -> np.ndarray:
         start_B, length_B = prompt_slots - prompt_B, prompt_B + response_B
-        return packed_rows(
-            order_UxM, start_B, length_B, width, shards, share, response_B, responses
-        )
+        limit = None if responses is None else (response_B, responses)
+        return packed_rows(order_UxM, start_B, length_B, width, shards, share, limit)
 
     share, plan_UxRxL = 1, pack(1)
     if order_UxM.shape[1] % (2 * shards) == 0:
