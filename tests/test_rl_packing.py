@@ -196,22 +196,35 @@ def test_long_responses_behind_short_prompts_are_packed_all_the_same():
     mask_BxP = np.arange(16)[None] >= np.full((8, 1), 14)  # prompts of 2 of 16 slots
     order_UxM = np.arange(8)[None]
     long = episode_rows(order_UxM, mask_BxP, np.full(8, 14), 16)
-    assert long.shape == (1, 4, 32) and scored_rows(long, 16, 32) is None
+    assert long.shape == (1, 2, 64) and scored_rows(long, 16, 32) is None
     # Where three quarters or half cost no row, it is that.
-    for prompt, response, scored in ((4, 12, 24), (10, 6, 16)):
+    for prompt, response, scored in ((4, 12, 48), (10, 6, 32)):
         mask_BxP = np.arange(16)[None] >= np.full((8, 1), 16 - prompt)
         rows = episode_rows(order_UxM, mask_BxP, np.full(8, response), 16)
-        assert scored_rows(rows, 16, 32).shape == (1, 4, scored)
+        assert scored_rows(rows, 16, 32).shape == (1, 2, scored)
 
 
-def test_episodes_longer_than_half_a_row_share_rows_of_two_lengths():
-    """Three of 20 slots fit in 64, one in 32; where two fit in 32, rows stay short: attention looks less far."""
+def test_short_episodes_share_rows_of_two_lengths():
+    """Three of 20 slots fit in 64, one in 32. Lengths that drift change the number of rows alone: few programs."""
     order_UxM = np.arange(12)[None]
     mask_BxP = np.arange(16)[None] >= np.full((12, 1), 6)
     rows = episode_rows(order_UxM, mask_BxP, np.full(12, 10), 16)
     assert rows.shape == (1, 4, 64)
     assert sorted(rows[rows >= 0] // 32) == sorted(np.repeat(np.arange(12), 20))
     assert scored_rows(rows, 16, 32).shape[2] == 32
-    assert episode_rows(order_UxM, mask_BxP, np.full(12, 6), 16).shape == (1, 6, 32)
-    # Shards that leave a row of one length each keep it.
+    drifting = [episode_rows(order_UxM, mask_BxP, np.full(12, n), 16) for n in range(1, 12)]
+    assert {rows.shape[2] for rows in drifting} == {64}
+    assert {rows.shape[1] for rows in drifting} == {3, 4}
+    # Shards that leave a row of one length each keep it, and so do episodes of which no two fit in less.
     assert episode_rows(order_UxM, mask_BxP, np.full(12, 10), 16, shards=12).shape == (1, 12, 32)
+    full_BxP = np.ones((12, 16), bool)
+    assert episode_rows(order_UxM, full_BxP, np.full(12, 16), 16).shape == (1, 12, 32)
+
+
+def test_long_episodes_keep_rows_of_their_length():
+    """Attention over two of them would be no small part."""
+    order_UxM, mask_BxP = np.arange(4)[None], np.arange(1024)[None] >= np.full((4, 1), 900)
+    long = episode_rows(order_UxM, mask_BxP, np.full(4, 10), 1024)
+    assert long.shape == (1, 1, 2048)
+    short = episode_rows(order_UxM, mask_BxP[:, 512:], np.full(4, 10), 512)
+    assert short.shape == (1, 1, 2048)

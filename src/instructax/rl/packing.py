@@ -26,8 +26,8 @@ from instructax.partitioning import constrain
 
 Array = Any
 
-# Slots of a padded prompt up to which two share a row at least.
-SHORT = 512
+# Padded slots up to which a row is as long as two of them: more fits, and attention, which looks further, is a small part.
+SHORT_PROMPT, SHORT_EPISODE = 512, 1024
 
 
 def _few(n: int) -> int:
@@ -100,8 +100,9 @@ def episode_rows(
 ) -> np.ndarray:
     """source_UxRxL of sampled episodes: left-padded prompts of P slots, responses in ``slots`` more.
 
-    Rows are two episodes long where that saves an eighth of all slots: more fits, but attention looks further. Responses
-    have as few of a row's slots as take no more rows (``EPISODE_WIDTHS``): a row mostly costs more than its logits.
+    Rows of short episodes are two episodes long where that saves anything: were they long only where that is best, lengths
+    that drift would change between the two, and each is a program. Responses have as few of a row's slots as take no more
+    rows (``EPISODE_WIDTHS``): a row mostly costs more than its logits.
     """
     prompt_slots = prompt_mask_BxP.shape[1]
     width = prompt_slots + slots
@@ -115,11 +116,10 @@ def episode_rows(
         limit = None if responses is None else (response_B, responses)
         return packed_rows(order_UxM, start_B, length_B, width, shards, share, limit)
 
-    share, plan_UxRxL = 1, pack(1)
-    if order_UxM.shape[1] % (2 * shards) == 0:
-        long_UxRxL = pack(2)
-        if 8 * long_UxRxL.size <= 7 * plan_UxRxL.size:
-            share, plan_UxRxL = 2, long_UxRxL
+    share = 2 if width <= SHORT_EPISODE and order_UxM.shape[1] % (2 * shards) == 0 else 1
+    plan_UxRxL = pack(share)
+    if plan_UxRxL.size == order_UxM.size * width:
+        share, plan_UxRxL = 1, pack(1)
     length, (widths, least) = share * width, EPISODE_WIDTHS
     for responses in -(-length // widths) * np.arange(least, widths):
         if slots <= responses < length:
@@ -160,7 +160,7 @@ def prompt_rows(mask_MxP: np.ndarray, group: int | None = None, shards: int = 1)
         [np.where(order_GxW < 0, -1, order_GxW + i * part) for i in range(shards)]
     )
     length_M = mask_MxP.sum(axis=1)
-    share = 2 if width <= SHORT else 1
+    share = 2 if width <= SHORT_PROMPT else 1
     source_UxRxL = packed_rows(order_UxW, width - length_M, length_M, width, share=share)
     begins_U = np.repeat(np.arange(shards) * part * width, len(order_GxW)).astype(np.int32)
     return np.where(source_UxRxL < 0, -1, source_UxRxL - begins_U[:, None, None])

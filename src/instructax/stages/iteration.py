@@ -86,25 +86,36 @@ def programs(
     score_key, order_key = run.key("ppo/shuffled_scores"), run.key("ppo/minibatches")
 
     shards, width = mesh.shards(run.mesh), c.prompt_length + c.response_length
+    known: set[str] = set()
 
-    def rows(order_UxM, prompt_mask_BxP, length_B, parts: int):
+    def announce(program: str) -> None:
+        if program not in known:
+            known.add(program)
+            print(f"ppo: new program, {program}", flush=True)
+
+    def rows(what: str, order_UxM, prompt_mask_BxP, length_B, parts: int):
         """Where episodes lie, and which slots of theirs are scored."""
         source_UxRxL = episode_rows(
             order_UxM, prompt_mask_BxP, length_B, c.response_length, packed=c.packed, shards=parts
         )
-        return source_UxRxL, scored_rows(source_UxRxL, c.prompt_length, width)
+        scored_UxRxM = scored_rows(source_UxRxL, c.prompt_length, width)
+        _, count, length = source_UxRxL.shape
+        scored = length if scored_UxRxM is None else scored_UxRxM.shape[2]
+        announce(f"{what} in {count} rows of {length} tokens, logits of {scored}")
+        return source_UxRxL, scored_UxRxM
 
     def iterate(state: PpoState, i: int, prompt_batch, text) -> tuple[PpoState, dict[str, Any]]:
         began = time.perf_counter()
         batch = mesh.put_batch(run.mesh, prompt_batch)
         policy = state.policy.params
-        responses, length = sample(
-            policy, jax.random.fold_in(rollout_key, i), batch, prompt_plan(run, prompt_batch)
-        )
+        reading = prompt_plan(run, prompt_batch)
+        count, across = (prompt_batch.mask_BxP if reading is None else reading).shape[-2:]
+        announce(f"sampling, prompts in {count} rows of {across} tokens")
+        responses, length = sample(policy, jax.random.fold_in(rollout_key, i), batch, reading)
         length_B = np.asarray(length)  # rows are planned on the host
         sampled = time.perf_counter()
         everyone = np.arange(c.batch_size, dtype=np.int32)[None]
-        planned = rows(everyone, prompt_batch.mask_BxP, length_B, shards)
+        planned = rows("scoring", everyone, prompt_batch.mask_BxP, length_B, shards)
         reference, reward = frozen()
         rollout, metrics, _ = score(
             policy,
@@ -122,7 +133,8 @@ def programs(
         )
         del reference, reward
         order_UxM = np.asarray(order(jax.random.fold_in(order_key, i)))
-        planned = rows(order_UxM, prompt_batch.mask_BxP, length_B, shards * c.grad_accumulation)
+        parts = shards * c.grad_accumulation
+        planned = rows("updates", order_UxM, prompt_batch.mask_BxP, length_B, parts)
         scored = _ready_at(rollout)
         state, update_metrics = update(state, rollout, text, metrics["objective/kl"], *planned)
         updated = _ready_at(update_metrics)
