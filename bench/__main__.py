@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from bench import cases, columns, roofline, table
+from bench.worker import WHERE
 
 PEAK_FLOPS = 989e12  # bfloat16 of an H100 or H200, without sparsity
 
@@ -31,7 +32,7 @@ class EndedEarly(RuntimeError):
 
 
 class Worker:
-    """A process of one column; ``ask`` sends it a number of units and reads their seconds."""
+    """A process of one column; ``ask`` sends it a number of units, or a word, and reads its answer."""
 
     def __init__(
         self, case: str, name: str, column: columns.Column, more: Sequence[str], logs: Path
@@ -49,7 +50,7 @@ class Worker:
             )
         self.versions: dict[str, str] = self._read()
 
-    def ask(self, units: int) -> Any:
+    def ask(self, units: int | str) -> Any:
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # then it has ended, and there is no answer
             self._process.stdin.write(f"{units}\n")
@@ -79,11 +80,13 @@ class Worker:
 
 def measure(
     together: Sequence[cases.Case], given: argparse.Namespace, made: dict[str, columns.Column]
-) -> tuple[dict[str, dict[str, list[list[float]]]], dict[str, str]]:
-    """Seconds by case key and column, a list a round, of cases whose columns take turns."""
+) -> dict[str, dict[str, Any]]:
+    """Of cases whose columns take turns, by case key and column: seconds, a list a round, and with ``--where`` where
+    those of one more unit of each round went. Versions by name."""
     more = ["--device", given.device, *(["--miniature"] if given.miniature else [])]
     versions: dict[str, str] = {}
     found: dict[str, dict[str, list[list[float]]]] = {}
+    went: dict[str, dict[str, list[dict[str, float]]]] = {}
     turns = [
         (case.key, name) for case in together for name in case.columns if name in given.columns
     ]
@@ -102,6 +105,9 @@ def measure(
                     if (key, name) not in kept:
                         kept[key, name] = start(key, name)
                     seconds = kept[key, name].ask(given.units)
+                    if given.where:
+                        kinds = kept[key, name].ask(WHERE)
+                        went.setdefault(key, {}).setdefault(name, []).append(kinds)
                 except EndedEarly as error:
                     if name == "ours":
                         raise
@@ -114,7 +120,7 @@ def measure(
                     # Its memory holds one column at a time: each is built anew in every round.
                     stack.close()
                     kept.clear()
-    return found, versions
+    return {"cases": found, "where": went, "versions": versions}
 
 
 def machine_rates(given: argparse.Namespace, made: dict[str, columns.Column]) -> dict[str, float]:
@@ -165,7 +171,10 @@ def page(chosen: Sequence[cases.Case], report: dict[str, Any]) -> str:
         lines += [f"Measured in this run: {speed}, {rates['bandwidth'] / 1e9:.0f} GB/s.", ""]
     peak = PEAK_FLOPS if report["device"] == "gpu" else None
     lines += [table.main_table(chosen, report["cases"], least, peak), ""]
-    return "\n".join([*lines, table.ratio_table(chosen, report["cases"])]) + "\n"
+    lines.append(table.ratio_table(chosen, report["cases"]))
+    if report["where"]:
+        lines += ["", table.where_table(chosen, report["cases"], report["where"])]
+    return "\n".join(lines) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -179,8 +188,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--columns", nargs="+", default=list(table.COLUMNS))
     parser.add_argument("--miniature", action="store_true", help="tiny shapes: does it all run?")
+    parser.add_argument(
+        "--where", action="store_true", help="and where a unit's seconds go (CPU alone)"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/bench"))
     given = parser.parse_args(arguments)
+    if given.where and given.device == "gpu":
+        parser.error("--where is for CPUs: on a GPU each column is built anew in every round")
     said = " ".join(sys.argv[1:] if arguments is None else arguments)
 
     everything = cases.gpu_cases() if given.device == "gpu" else cases.cpu_cases()
@@ -198,11 +212,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "versions": {},
         "rates": {} if given.miniature else machine_rates(given, made),
         "cases": {},
+        "where": {},
     }
     for together in groups(chosen):
-        found, versions = measure(together, given, made)
-        report["cases"] |= found
-        report["versions"] |= versions
+        for what, found in measure(together, given, made).items():
+            report[what] |= found
         # After every group, so that a run cut short has measured something.
         (given.output / f"{given.device}.json").write_text(
             json.dumps(report, indent=1) + "\n", "utf-8"

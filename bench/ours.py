@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,7 @@ from instructax.batches import (
 from instructax.config import Config, MeshConfig, ModelConfig, OptimizerConfig, PpoConfig
 from instructax.data.comparisons import family_sizes, layout_rows
 from instructax.models import functional as model
-from instructax.runtime import mesh
+from instructax.runtime import mesh, profile
 from instructax.stages import iteration
 from instructax.stages.context import Run
 from instructax.steps.optimizer import make_optimizer
@@ -226,6 +227,21 @@ def _ppo(case: Case, lay) -> Callable[[], Any]:
 
 
 _BUILD = {"sft": _sft, "reward": _reward, "generate": _generate, "ppo": _ppo}
+
+
+def went(once: Callable[[], Any]) -> dict[str, float]:
+    """Seconds of ``once`` under the profiler: all, and by kind of operation, on the mean device."""
+    with tempfile.TemporaryDirectory() as folder:
+        jax.profiler.start_trace(folder)
+        began = time.perf_counter()
+        once()
+        found = {"all": time.perf_counter() - began}
+        jax.profiler.stop_trace()
+        operations = profile.own_time(profile.read(Path(folder)))
+    for (_, name), nanoseconds in operations.items():
+        kind = profile.kind(name)
+        found[kind] = found.get(kind, 0.0) + nanoseconds / 1e9 / jax.device_count()
+    return found
 
 
 def rates(device: str) -> tuple[float, float]:

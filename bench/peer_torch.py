@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,8 @@ from bench.cases import Case, Shape
 
 PACKAGES = ("torch", "transformers")
 PAD = 0
+PRODUCTS = "matrix products"
+PRODUCT = re.compile(r"aten::(mm|addmm|bmm|baddbmm|_scaled_dot_product_flash_attention\w*)")
 
 
 def config(shape: Shape) -> GPT2Config:
@@ -132,6 +135,16 @@ def _generate(case: Case, device: str, compiled: bool) -> Callable[[], Any]:
             raise RuntimeError(f"generated {out.shape[1] - token.shape[1]} tokens, not {length}")
 
     return once
+
+
+def went(once: Callable[[], Any]) -> dict[str, float]:
+    """Seconds of ``once`` under the profiler: all, and those of matrix products, attention's kernel among them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+        began = time.perf_counter()
+        once()
+        found = {"all": time.perf_counter() - began}
+    operations = [op for op in trace.key_averages() if PRODUCT.fullmatch(op.key)]
+    return found | {PRODUCTS: sum(op.self_cpu_time_total for op in operations) / 1e6}
 
 
 def rates(device: str) -> tuple[float, float]:

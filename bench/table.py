@@ -113,3 +113,24 @@ def ratio_table(cases: Sequence[Case], found: Found) -> str:
         value = ratio(found, key, column, ours)
         lines.append(f"| {what} | {NOT_MEASURED if value is None else f'{value:.2f}'} |")
     return "\n".join(lines)
+
+
+def where_table(
+    cases: Sequence[Case],
+    found: Found,
+    went: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]],
+) -> str:
+    """Seconds of one unit, those of its matrix products as a profiler saw them, and what that leaves; medians.
+
+    The unit is timed without the profiler, which slows a library of many small operations down.
+    """
+    heads = ["case", "size", "column", "s a unit", "matrix products", "everything else"]
+    lines = [_row(heads), "|" + "---|" * len(heads)]
+    for case in cases:
+        for column in COLUMNS:
+            if (rounds := went.get(case.key, {}).get(column)) is not None:
+                unit = median(found[case.key][column])
+                products = statistics.median(kinds["matrix products"] for kinds in rounds)
+                cells = [f"{x:.3g}" for x in (unit, products, unit - products)]
+                lines.append(_row([case.name, case.size, HEADS[column], *cells]))
+    return "\n".join(lines)

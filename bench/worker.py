@@ -1,12 +1,14 @@
 """One column of one case in a process of its own: ``python -m bench.worker CASE COLUMN``.
 
 It builds and warms up, prints a line of JSON, then for each line N on stdin does N units of work and
-prints their seconds. ``rates`` as the case measures the machine instead.
+prints their seconds; for the line ``where`` it does one under a profiler and prints where its seconds went.
+``rates`` as the case measures the machine instead.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import json
 import os
@@ -19,6 +21,7 @@ from typing import Any
 from bench import cases
 
 WARM = 2
+WHERE = "where"
 TRL = ("pairs", "ppo")
 
 
@@ -56,9 +59,13 @@ def prepare(
     return timed(module.build(case, device, compiled=column == "compiled")), versions
 
 
+def side(column: str) -> Any:
+    """The module that measures the machine, and where time goes, with what the column computes by."""
+    return importlib.import_module("bench.ours" if column == "ours" else "bench.peer_torch")
+
+
 def rates(column: str, device: str) -> dict[str, float]:
-    module = importlib.import_module("bench.ours" if column == "ours" else "bench.peer_torch")
-    flops, bandwidth = module.rates(device)
+    flops, bandwidth = side(column).rates(device)
     return {"flops": flops, "bandwidth": bandwidth}
 
 
@@ -91,7 +98,10 @@ def main() -> None:
     measure(WARM)
     answer(versions)
     for line in sys.stdin:
-        answer(measure(int(line)))
+        if line.strip() == WHERE:
+            answer(side(given.column).went(functools.partial(measure, 1)))
+        else:
+            answer(measure(int(line)))
 
 
 if __name__ == "__main__":

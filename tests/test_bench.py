@@ -156,6 +156,14 @@ def test_ratios_and_tables_of_made_up_seconds():
     )
 
 
+def test_the_table_of_where_seconds_go():
+    rounds = [{"all": 3.0, "matrix products": t, "elementwise": 0.3} for t in (1.5, 1.2, 1.6)]
+    went = {"sft/small": {"ours": rounds}}
+    found = {"sft/small": {"ours": [[2.0], [1.9], [2.1]], "tuned": [[1.0]]}}
+    text = table.where_table(cases.cpu_cases(), found, went)
+    assert text.splitlines()[2:] == ["| sft | small | ours | 2 | 1.5 | 0.5 |"]
+
+
 def test_the_gpu_table_says_what_was_not_measured_and_has_the_makers_peak():
     sft = cases.find("sft/1.3B", cases.gpu_cases())
     seconds = roofline.flops(sft) / (0.5 * run.PEAK_FLOPS)
@@ -272,6 +280,7 @@ def test_the_whole_run_in_miniature(device, tmp_path, capsys):
     run.main(
         ["--device", device, "--miniature", "--columns", "ours", "--only", "sft"]
         + ["--rounds", "2", "--units", "1", "--output", str(tmp_path)]
+        + (["--where"] if device == "cpu" else [])
     )
     report = json.loads((tmp_path / f"{device}.json").read_text("utf-8"))
     keys = {c.key for c in EVERY if "sft" in c.key} & set(report["cases"])
@@ -281,6 +290,11 @@ def test_the_whole_run_in_miniature(device, tmp_path, capsys):
     said = capsys.readouterr().out
     assert said == (tmp_path / f"{device}.md").read_text("utf-8") + "\n"
     assert "over peer as shipped | not measured |" in said
+    for of_case in report["where"].values():
+        went, _ = of_case["ours"]
+        assert 0 < went["matrix products"] < sum(t for kind, t in went.items() if kind != "all")
+        assert sum(went.values()) < 3 * went["all"]
+    assert set(report["where"]) == (keys if device == "cpu" else set())
 
 
 def test_a_peer_that_cannot_run_is_said_to_and_our_side_must(tmp_path, capsys, monkeypatch):
