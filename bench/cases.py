@@ -29,6 +29,8 @@ class Work:
     kind: sft, one step on ``rows`` texts of ``prompt`` + ``response`` tokens; reward, one step on
     ``rows`` prompts with ``ways`` ranked responses each; generate, one response to each of ``rows``
     prompts, none ends early; ppo, one iteration of ``rows`` episodes and ``epochs`` updates on them.
+    With a ``mean``, responses end where :func:`lengths` says and not at ``response``, and ``slots`` of
+    them are under way at a time.
     """
 
     kind: Literal["sft", "reward", "generate", "ppo"]
@@ -37,6 +39,8 @@ class Work:
     response: int
     ways: int = 1
     epochs: int = 1
+    mean: int | None = None
+    slots: int | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,13 @@ def cpu_cases() -> tuple[Case, ...]:
             ),
             *_reward(size, shape, Work("reward", 2, 128, 64, ways=9), PEERS),
             Case("generate", size, shape, Work("generate", 16, 64, 128), (*PEERS, "ours")),
+            Case(
+                "generate, mixed lengths",
+                size,
+                shape,
+                Work("generate", 128, 64, 128, mean=32, slots=16),
+                (*PEERS, "ours"),
+            ),
             Case("ppo", size, shape, Work("ppo", 16, 64, 64, epochs=4), (*PEERS, "ours")),
         )
     return found
@@ -114,6 +125,8 @@ def miniature(case: Case) -> Case:
     s, w = case.shape, case.work
     shape = Shape(2, 32, 2, 97, 64, s.dtype, s.remat)
     work = replace(w, rows=min(w.rows, 4), prompt=8, response=8, ways=min(w.ways, 3))
+    if w.mean is not None:
+        work = replace(work, mean=4, slots=2)
     return replace(case, shape=shape, work=work)
 
 
@@ -166,6 +179,15 @@ def pairs(case: Case) -> tuple[np.ndarray, np.ndarray]:
 def prompts(case: Case) -> np.ndarray:
     """token_BxP, all of one length."""
     return _draw(case, 3, (case.work.rows, case.work.prompt))
+
+
+def lengths(case: Case) -> np.ndarray:
+    """Tokens of each of the responses that are generated: all ``response``, or geometric with a mean and so many at most."""
+    w = case.work
+    if w.mean is None:
+        return np.full(w.rows, w.response)
+    drawn = np.random.default_rng((20260101, 4)).geometric(1 / w.mean, w.rows)
+    return np.minimum(drawn, w.response)
 
 
 def find(key: str, cases: tuple[Case, ...]) -> Case:

@@ -20,20 +20,20 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench.ours import ending_after
 from instructax.batches import PromptBatch
 from instructax.config import ModelConfig
 from instructax.models import functional as model
 from instructax.plan import model_flops
-from instructax.rl import generate
 from instructax.rl.packing import prompt_rows
 from instructax.steps import rollout
 from instructax.steps.slots import group_size
@@ -105,22 +105,6 @@ def prompts(rng, length_M: np.ndarray, width: int) -> PromptBatch:
 
 def geometric(rng, rows: int, mean: int, longest: int) -> np.ndarray:
     return np.minimum(rng.geometric(1 / mean, rows), longest)
-
-
-def ending_after(length_N: np.ndarray) -> type[generate.Drawing]:
-    """Draws as ever, but a response ends where its episode's length says."""
-
-    class Ending(generate.Drawing):
-        def __call__(self, key, episode_B, t, logits_BxV):
-            token_B, logp_B, _ = super().__call__(key, episode_B, t, logits_BxV)
-            ended_B = t + 1 >= jnp.asarray(length_N)[episode_B]
-            return (
-                token_B,
-                logp_B,
-                jnp.where(ended_B, generate.ENDED_BY_EOS, generate.CUT_BY_LENGTH),
-            )
-
-    return Ending
 
 
 def sampler(case: Case, batch: int, slots: int | None = None, packed: bool = True, copies: int = 1):
@@ -202,8 +186,7 @@ def main() -> None:
     print(f"| {'case':10} | {'form':26} | ms | tokens/s | of the limit |\n|---|---|---|---|---|")
     for name in options.only:
         case = CASES[name](np.random.default_rng(0))
-        with mock.patch.object(generate, "Drawing", ending_after(case.length_N)), \
-                mock.patch.object(rollout, "Drawing", ending_after(case.length_N)):  # fmt: skip
+        with ending_after(case.length_N):
             runs = forms(name, case)
             tokens = {form: run() for form, run in runs.items()}
         seconds: dict[str, list[float]] = {form: [] for form in runs}

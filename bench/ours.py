@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +28,13 @@ from instructax.batches import (
 from instructax.config import Config, MeshConfig, ModelConfig, OptimizerConfig, PpoConfig
 from instructax.data.comparisons import family_sizes, layout_rows
 from instructax.models import functional as model
+from instructax.rl import generate
 from instructax.runtime import mesh, profile
 from instructax.stages import iteration
 from instructax.stages.context import Run
+from instructax.steps import rollout
 from instructax.steps.optimizer import make_optimizer
 from instructax.steps.reward import reward_step
-from instructax.steps.rollout import sample_responses
 from instructax.steps.sft import lm_step
 from instructax.steps.state import PpoState, create
 
@@ -157,19 +160,48 @@ def _reward(case: Case, lay) -> Callable[[], Any]:
     return _training(case, lay, "scalar", reward_step, comparison_batch(case))
 
 
+@contextlib.contextmanager
+def ending_after(length_N: np.ndarray) -> Iterator[None]:
+    """Programs traced in here draw as ever, but a response ends where its episode's length says."""
+
+    class Ending(generate.Drawing):
+        def __call__(self, key, episode_B, t, logits_BxV):
+            token_B, logp_B, _ = super().__call__(key, episode_B, t, logits_BxV)
+            ended_B = t + 1 >= jnp.asarray(length_N)[episode_B]
+            return (
+                token_B,
+                logp_B,
+                jnp.where(ended_B, generate.ENDED_BY_EOS, generate.CUT_BY_LENGTH),
+            )
+
+    with (
+        mock.patch.object(generate, "Drawing", Ending),
+        mock.patch.object(rollout, "Drawing", Ending),
+    ):
+        yield
+
+
 def _generate(case: Case, lay) -> Callable[[], Any]:
     params, key = _params(case, lay, "lm"), jax.random.key(1)
     sample = jax.jit(
         functools.partial(
-            sample_responses,
+            rollout.sample_responses,
             model_config=model_config(case.shape),
             response_length=case.work.response,
             temperature=1.0,
             eos_id=NEVER,
             pad_id=0,
+            slots=case.work.slots,
         )
     )
-    return lambda: sample(params, key, mesh.put_batch(lay, prompt_batch(case)))
+
+    def once():
+        with contextlib.ExitStack() as stack:
+            if case.work.mean is not None:
+                stack.enter_context(ending_after(cases.lengths(case)))
+            return sample(params, key, mesh.put_batch(lay, prompt_batch(case)))
+
+    return once
 
 
 def ppo_config(case: Case) -> Config:

@@ -118,21 +118,24 @@ def _generate(case: Case, device: str, compiled: bool) -> Callable[[], Any]:
     if case.shape.dtype == "bfloat16":
         model.bfloat16()
     token = torch.tensor(cases.prompts(case)).long().to(where(device))
-    length = case.work.response
+    # A batch goes on until its longest response ends.
+    batches = token.split(case.work.slots or len(token))
+    longest = [int(x.max()) for x in torch.tensor(cases.lengths(case)).split(len(batches[0]))]
 
     def once():
-        out = model.generate(
-            input_ids=token,
-            attention_mask=torch.ones_like(token),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=length,
-            pad_token_id=PAD,
-        )
-        if out.shape[1] != token.shape[1] + length:
-            raise RuntimeError(f"generated {out.shape[1] - token.shape[1]} tokens, not {length}")
+        for batch, length in zip(batches, longest, strict=True):
+            out = model.generate(
+                input_ids=batch,
+                attention_mask=torch.ones_like(batch),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=length,
+                pad_token_id=PAD,
+            )
+            if (made := out.shape[1] - batch.shape[1]) != length:
+                raise RuntimeError(f"generated {made} tokens, not {length}")
 
     return once
 

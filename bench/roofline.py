@@ -6,6 +6,7 @@ what a token sees, logits where a loss or a sampler needs them. Nothing is recom
 
 from __future__ import annotations
 
+from bench import cases
 from bench.cases import Case
 from bench.ours import model_config
 from instructax.config import ModelConfig
@@ -31,9 +32,11 @@ def flops(case: Case) -> float:
         return 3 * reading(case, w.response)
     if w.kind == "reward":
         return 3 * reading(case, 0.0, w.ways)
-    sampled = reading(case, w.response)
     if w.kind == "generate":
-        return sampled
+        m, lengths = model_config(case.shape), cases.lengths(case).tolist()
+        prompts = w.rows * _forward(m, 0, w.prompt, 0.0)
+        return prompts + sum(_forward(m, w.prompt, tokens, tokens) for tokens in lengths)
+    sampled = reading(case, w.response)
     # Old log-probabilities are the sampler's; the reference reads the words, value and reward a scalar.
     scored = sampled + 2 * reading(case, 0.0)
     updated = 3 * (sampled + reading(case, 0.0))
@@ -41,12 +44,14 @@ def flops(case: Case) -> float:
 
 
 def decoded_bytes(case: Case) -> float:
-    """What decoding must read: every weight once a step, and the cache as far as it is filled."""
+    """What decoding must read: every weight once a step of full slots, and the cache as far as it is filled."""
     w, m = case.work, model_config(case.shape)
     width = 2 if case.shape.dtype == "bfloat16" else 4
     weights = (model_flops.matrix_parameters(m) + m.vocab_size * m.d_model) * width
     cache = 2 * m.num_layers * m.kv_heads * m.head_width * width
-    return w.response * (weights + w.rows * cache * (w.prompt + w.response / 2))
+    length_B = cases.lengths(case)
+    steps = length_B.sum() / (w.slots or w.rows)
+    return float(steps * weights + (length_B * (w.prompt + length_B / 2)).sum() * cache)
 
 
 def seconds(case: Case, flop_rate: float, bandwidth: float) -> float:

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from bench import roofline
-from bench.cases import Case
+from bench.cases import Case, lengths
 
 COLUMNS = ("shipped", "tuned", "compiled", "ours")
 HEADS = {
@@ -38,7 +38,7 @@ def per_unit(case: Case, seconds: float) -> tuple[float, str]:
     if w.kind == "sft":
         return w.rows * (w.prompt + w.response) / seconds, "tokens/s"
     if w.kind == "generate":
-        return w.rows * w.response / seconds, "tokens/s"
+        return int(lengths(case).sum()) / seconds, "tokens/s"
     return seconds / w.rows, "s a prompt" if w.kind == "reward" else "s an episode"
 
 

@@ -217,6 +217,17 @@ def test_decoding_is_bound_by_what_is_slower():
     assert weights == 128 * 4 * (4 * 12 * 256**2 + 8192 * 256)
 
 
+def test_mixed_lengths_decode_with_full_slots():
+    c = case("generate, mixed lengths/small")
+    length_B = cases.lengths(c)
+    assert length_B.shape == (128,) and length_B.min() >= 1 and length_B.max() == 128
+    assert 24 < length_B.mean() < 40
+    assert table.per_unit(c, 2.0) == (length_B.sum() / 2, "tokens/s")
+    weights, cache = 4 * (4 * 12 * 256**2 + 8192 * 256), 2 * 4 * 256 * 4
+    seen = sum(sum(range(64, 64 + n)) + n / 2 for n in length_B.tolist())
+    assert roofline.decoded_bytes(c) == length_B.sum() / 16 * weights + seen * cache
+
+
 # Columns.
 
 
@@ -267,7 +278,9 @@ def test_our_side_of_every_case_in_miniature(chosen):
     if small.work.kind in ("sft", "reward"):
         assert float(second["loss/loss"]) < float(first["loss/loss"])
     elif small.work.kind == "generate":
-        assert np.asarray(first.mask_BxT).all() and (np.asarray(first.stop_B) == 0).all()
+        length_B, stop_B = np.asarray(first.mask_BxT).sum(axis=1), np.asarray(first.stop_B)
+        np.testing.assert_array_equal(length_B, cases.lengths(small))
+        assert small.work.mean is not None or (stop_B == 0).all()
     else:
         assert float(first["response_length/mean"]) == small.work.response
         assert float(first["val/first_ratio_deviation"]) < (1e-2 if "M" in chosen.size else 1e-4)
