@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import random
@@ -55,13 +57,27 @@ def config(mini_run):
 
 
 @pytest.fixture(scope="module")
-def whole(config):
-    """The folder of the run that nobody disturbed."""
-    ppo.run(config, "whole")
+def said(config):
+    """What the run that nobody disturbed printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        ppo.run(config, "whole")
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def whole(config, said):
+    """The folder of that run."""
     folder = run_folder(config) / "whole"
     betas = {row["objective/kl_coef"] for row in recipe.iterations(folder)}
     assert len(betas) > 3, "beta must have moved"
     return folder
+
+
+def test_every_program_is_named_once_when_it_first_runs(said):
+    named = [line for line in said.splitlines() if "new program" in line]
+    assert len(named) == len(set(named))
+    kinds = {line.removeprefix("whole: new program, ").split()[0] for line in named}
+    assert kinds == {"sampling,", "scoring", "updates"}
 
 
 class Process:

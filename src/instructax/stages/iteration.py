@@ -30,11 +30,13 @@ def programs(
     policy_optimizer,
     value_optimizer,
     shardings: PpoState,
+    name: str = "ppo",
 ) -> Callable[..., tuple[PpoState, dict[str, Any]]]:
     """(state, i, prompts, text) -> (state, metrics): an iteration's three programs in order.
 
     Args:
       frozen: gives (reference, reward model); what it gives is kept for scoring and no longer.
+      name: says whose programs these are where one runs for the first time.
     """
     c, config = run.config.ppo, run.config
     whole = NamedSharding(run.mesh, PartitionSpec())
@@ -91,7 +93,7 @@ def programs(
     def announce(program: str) -> None:
         if program not in known:
             known.add(program)
-            print(f"ppo: new program, {program}", flush=True)
+            print(f"{name}: new program, {program}", flush=True)
 
     def rows(what: str, order_UxM, prompt_mask_BxP, length_B, parts: int):
         """Where episodes lie, and which slots of theirs are scored."""

@@ -87,7 +87,7 @@ def _train(run: Run, arm: str) -> None:
 
         frozen = _frozen(c, (reference, reward))
         del reference, reward
-        iterate = programs(run, frozen, scale, policy_optimizer, value_optimizer, shardings)
+        iterate = programs(run, frozen, scale, policy_optimizer, value_optimizer, shardings, arm)
         watch = _watcher(run, folder, frozen)
         ahead = prefetch(_host_batches(run, updates), done, iterations)
 
