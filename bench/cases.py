@@ -186,8 +186,12 @@ def lengths(case: Case) -> np.ndarray:
     w = case.work
     if w.mean is None:
         return np.full(w.rows, w.response)
-    drawn = np.random.default_rng((20260101, 4)).geometric(1 / w.mean, w.rows)
-    return np.minimum(drawn, w.response)
+    return geometric(np.random.default_rng((20260101, 4)), w.rows, w.mean, w.response)
+
+
+def geometric(rng: np.random.Generator, rows: int, mean: int, longest: int) -> np.ndarray:
+    """Lengths of a mean, before those above ``longest`` are cut to it."""
+    return np.minimum(rng.geometric(1 / mean, rows), longest)
 
 
 def find(key: str, cases: tuple[Case, ...]) -> Case:

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench.cases import geometric
 from bench.ours import ending_after
 from instructax.batches import PromptBatch
 from instructax.config import ModelConfig
@@ -101,10 +102,6 @@ def prompts(rng, length_M: np.ndarray, width: int) -> PromptBatch:
     mask = np.arange(width)[None] >= width - length_M[:, None]
     token = np.where(mask, rng.integers(5, 900, mask.shape), PAD).astype(np.int32)
     return PromptBatch(token, mask, np.arange(len(length_M), dtype=np.int32))
-
-
-def geometric(rng, rows: int, mean: int, longest: int) -> np.ndarray:
-    return np.minimum(rng.geometric(1 / mean, rows), longest)
 
 
 def sampler(case: Case, batch: int, slots: int | None = None, packed: bool = True, copies: int = 1):

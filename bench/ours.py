@@ -196,9 +196,8 @@ def _generate(case: Case, lay) -> Callable[[], Any]:
     )
 
     def once():
-        with contextlib.ExitStack() as stack:
-            if case.work.mean is not None:
-                stack.enter_context(ending_after(cases.lengths(case)))
+        drawn = case.work.mean is not None
+        with ending_after(cases.lengths(case)) if drawn else contextlib.nullcontext():
             return sample(params, key, mesh.put_batch(lay, prompt_batch(case)))
 
     return once

@@ -147,6 +147,8 @@ def went(once: Callable[[], Any]) -> dict[str, float]:
         once()
         found = {"all": time.perf_counter() - began}
     operations = [op for op in trace.key_averages() if PRODUCT.fullmatch(op.key)]
+    if not operations:
+        raise RuntimeError(f"the trace has no operation called {PRODUCT.pattern}")
     return found | {PRODUCTS: sum(op.self_cpu_time_total for op in operations) / 1e6}
 
 
