@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import apart
 import jax
 import jax.numpy as jnp
 import optax
@@ -144,3 +145,46 @@ def test_constrain_does_nothing_without_a_mesh_and_pins_with_one():
         assert jax.jit(pinned)(x).shape == x.shape
         with pytest.raises(ValueError, match="activation"):
             partitioning.constrain(x, "batch", None)
+
+
+IN_PARTS = """
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from instructax.batches import Layout
+from instructax.config import MeshConfig, ModelConfig
+from instructax.models import functional as model
+from instructax.plan import timing, topology
+from instructax.plan.chips import CHIPS
+from instructax.runtime.mesh import abstract_sharded, make_mesh
+devices = topology.devices("v5p:2x2x1")
+mesh = make_mesh(MeshConfig(1, 4, 1), devices)
+config = ModelConfig(num_layers=2, d_model=512, num_heads=4, d_ff=2048, vocab_size=512, context_length=128,
+                     compute_dtype="bfloat16", remat="block")
+slots = jax.ShapeDtypeStruct((8, 128), jnp.int32, sharding=NamedSharding(mesh, P(("data", "fsdp"))))
+layout = Layout(slots, slots, slots, slots, prefixed=False)
+with jax.set_mesh(mesh):
+    params = abstract_sharded(mesh, lambda: model.init(jax.random.key(0), config, "lm"))
+    step = jax.jit(
+        jax.grad(lambda p, layout: model.token_logprobs(p, config, layout).sum()),
+        out_shardings=jax.tree.map(lambda p: p.sharding, params),
+    )
+    text = step.lower(params, layout).compile().as_text()
+moved = timing.analyse(text, CHIPS["v5p"], [tuple(d.coords) for d in devices]).collectives
+vector, table = 128 * 512, 512 * 512
+# What is summed whole are vectors and the 128 positions, less than the smallest kernel. In bfloat16; the table of tokens
+# is summed twice, where it embeds and where it gives logits.
+assert moved["all-reduce"].payload < 2 * table, moved
+divided = sum(p.size for p in jax.tree.leaves(params) if p.size > vector) + table
+assert moved["reduce-scatter"].payload == 2 * divided, (moved, divided)
+# Six kernels of two layers, forward and backward, though a block is computed again; and the table.
+assert moved["all-gather"].count == 2 * 6 * 2 + 1, moved
+print("passed")
+"""
+
+
+@pytest.mark.slow
+def test_kernels_travel_once_a_pass_and_their_gradients_are_summed_into_parts_on_tpus():
+    """The compiler, left alone, gathers q, k and v again for their gradients, and sums whole where d_model stands behind."""
+    apart.needs_libtpu()
+    apart.passes(IN_PARTS)

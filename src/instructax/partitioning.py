@@ -141,6 +141,18 @@ def parameter_axes(path: str) -> tuple[str, ...] | None:
     return found[0] if found else None
 
 
+def block_axes(path: str) -> tuple[str, ...]:
+    """The logical axes of a parameter of one block, such as ``mlp/up/kernel``, without the leading layers.
+
+    Raises:
+      ValueError, naming the path: no rule of ``PARAMETERS`` matches.
+    """
+    axes = parameter_axes(f"blocks/{path}")
+    if axes is None:
+        raise ValueError(f"blocks/{path}: no rule of PARAMETERS matches")
+    return axes[1:]
+
+
 def param_specs(
     abstract_tree: Any,
     mesh_shape: Mapping[str, int] | None = None,
@@ -215,8 +227,38 @@ def constrain_stream(x_BxLxD: jax.Array) -> jax.Array:
     divided as well (sequence parallelism: Korthikanti et al. 2022, section 4.2). Rows whose length
     the model axis does not divide are whole on it.
     """
+    return constrain(x_BxLxD, *_stream_axes(x_BxLxD))
+
+
+def gather_stream(x_BxLxD: jax.Array) -> jax.Array:
+    """The residual stream with all slots of its rows, for products; its gradient is divided like the stream."""
+    return gathered(x_BxLxD, _stream_axes(x_BxLxD), "length")
+
+
+def _stream_axes(x_BxLxD: jax.Array) -> tuple[str | None, ...]:
     divides = x_BxLxD.shape[1] % parts("length") == 0
-    return constrain(x_BxLxD, "batch", "length" if divides else None, None)
+    return "batch", "length" if divides else None, None
+
+
+def gathered(x: jax.Array, logical_axes: tuple[str | None, ...], whole: str) -> jax.Array:
+    """``x``, which lies as its logical axes say, whole along ``whole``; its gradient lies as ``x`` does.
+
+    The partitioner would gather for each product that reads ``x``, and for their gradients again. So all
+    of them read one array, and a gradient is summed into parts. A backward pass keeps what is whole, unless
+    ``jax.checkpoint`` tells it not to.
+    """
+    return _gathered(x, logical_axes, whole) if parts(whole) > 1 else x
+
+
+def _whole(x: jax.Array, logical_axes: tuple[str | None, ...], whole: str) -> jax.Array:
+    return constrain(x, *(None if axis == whole else axis for axis in logical_axes))
+
+
+_gathered = jax.custom_vjp(_whole, nondiff_argnums=(1, 2))
+_gathered.defvjp(
+    lambda x, logical_axes, whole: (_whole(x, logical_axes, whole), None),
+    lambda logical_axes, whole, _, gradient: (constrain(gradient, *logical_axes),),
+)
 
 
 def constrain(

@@ -48,9 +48,8 @@ def rollout_copy(params: Params, config: ModelConfig) -> Params:
     copy = jax.tree.map(lambda p: p.astype(config.compute_dtype), params)
     copy["blocks"]["attn"] = join_qkv(copy["blocks"]["attn"], config)
     copy = decoding.placed(copy, config)
-    copy["blocks"] = tuple(
-        jax.tree.map(lambda p, i=i: p[i], copy["blocks"]) for i in range(config.num_layers)
-    )
+    blocks = copy["blocks"]
+    copy["blocks"] = tuple(decoding.layer(blocks, i, config) for i in range(config.num_layers))
     return copy
 
 

@@ -15,7 +15,14 @@ from typing import Any
 import jax
 
 from instructax.config import ModelConfig
-from instructax.partitioning import DECODING, constrain, decoding_rules, param_specs
+from instructax.partitioning import (
+    DECODING,
+    block_axes,
+    constrain,
+    decoding_rules,
+    param_specs,
+    path_name,
+)
 
 Array = Any
 Params = Any
@@ -32,6 +39,16 @@ def placed(params: Params, config: ModelConfig) -> Params:
         return params
     shape = dict(jax.sharding.get_abstract_mesh().shape)
     return jax.lax.with_sharding_constraint(params, param_specs(params, shape, rules))
+
+
+def layer(blocks: Params, i: int, config: ModelConfig) -> Params:
+    """One layer of the stacked parameters, where it lies. Pinned, or whoever gathers it for many tokens moves the copy itself."""
+    rules = _rules(config)
+
+    def of(path: Any, p: Array) -> Array:
+        return constrain(p[i], *block_axes(path_name(path)), rules=rules)
+
+    return jax.tree_util.tree_map_with_path(of, blocks)
 
 
 def stream(x_Bx1xD: Array, config: ModelConfig) -> Array:

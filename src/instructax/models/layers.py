@@ -17,7 +17,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 from instructax.config import ModelConfig
 from instructax.models import decoding
-from instructax.partitioning import constrain, constrain_stream
+from instructax.partitioning import (
+    block_axes,
+    constrain,
+    constrain_stream,
+    gather_stream,
+    gathered,
+    parts,
+)
 
 Array = Any
 
@@ -91,20 +98,45 @@ class Norm(nn.Module):
         return x.astype(dtype)
 
 
+def _product(x: Array, kernel: Array, contract: int, first: int = 0) -> Array:
+    """x . kernel over the last axes of x and those of the kernel from ``first`` on."""
+    of_x = tuple(range(x.ndim - contract, x.ndim))
+    of_kernel = tuple(range(first, first + contract))
+    return jax.lax.dot_general(x, kernel, ((of_x, of_kernel), ((), ())))
+
+
+def _product_of_parts(x: Array, kernel: Array, contract: int, axes: tuple[str, ...]) -> Array:
+    """The same where both lie in parts: the stream by slots, the kernel by d_model, which are whole for it."""
+    if axes[0] == "d_model":
+        return _product(gather_stream(x), gathered(kernel, axes, "d_model"), contract)
+    # A TPU sums into parts along a first axis alone: with d_model behind, a gradient would be summed whole.
+    kernel = gathered(jnp.moveaxis(kernel, -1, 0), (axes[-1], *axes[:-1]), "d_model")
+    return _product(x, kernel, contract, first=1)
+
+
 class Linear(nn.Module):
-    """x . kernel + bias over the last ``contract`` axes; parameters float32, product in x's dtype."""
+    """x . kernel + bias over the last ``contract`` axes; parameters float32, product in x's dtype.
+
+    What fsdp divides of a kernel travels to the rows, unless it is ``stationary``: then the rows travel (``decoding.py``).
+    """
 
     features: tuple[int, ...]
     std: float
     use_bias: bool
     contract: int = 1
+    stationary: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         inputs = x.shape[x.ndim - self.contract :]
         kernel = self.param("kernel", nn.initializers.normal(self.std), inputs + self.features)
-        axes = tuple(range(x.ndim - self.contract, x.ndim)), tuple(range(self.contract))
-        y = jax.lax.dot_general(x, kernel.astype(x.dtype), (axes, ((), ())))
+        product = functools.partial(_product, contract=self.contract)
+        if parts("d_model") * parts("length") > 1 and not self.stationary:
+            axes = block_axes("/".join((*self.path, "kernel")))
+            product = functools.partial(_product_of_parts, contract=self.contract, axes=axes)
+            # What is gathered for it is gathered again for its gradients, not kept.
+            product = jax.checkpoint(product, prevent_cse=False)
+        y = product(x, kernel.astype(x.dtype))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, self.features)
             y = y + jnp.broadcast_to(bias.astype(x.dtype), y.shape)
@@ -147,18 +179,18 @@ class Attention(nn.Module):
     def __call__(self, x: Array, position_BxL: Array, attend: Attend) -> tuple[Array, Any]:
         c = self.config
         heads, groups, width = c.num_heads, c.kv_heads, c.head_width
-        linear = functools.partial(Linear, std=c.init_std, use_bias=c.use_bias)
+        linear = functools.partial(Linear, use_bias=c.use_bias, stationary=self.decoding)
         if self.decoding:
             x = decoding.to_kernels(x, c)
-            qkv = linear((groups, (heads // groups + 2) * width), name="qkv")(x)
+            qkv = linear((groups, (heads // groups + 2) * width), c.init_std, name="qkv")(x)
             q, k, v = _heads(decoding.to_cache(qkv, c), c)
-            k, v = (constrain(x, "batch", None, "kv_heads", None) for x in (k, v))
         else:
-            q = linear((heads, width), name="q")(x)
-            k = linear((groups, width), name="k")(x)
-            v = linear((groups, width), name="v")(x)
+            q = linear((heads, width), c.init_std, name="q")(x)
+            k = linear((groups, width), c.init_std, name="k")(x)
+            v = linear((groups, width), c.init_std, name="v")(x)
             q, k, v = (checkpoint_name(x, QKV) for x in (q, k, v))
         q = constrain(q, "batch", None, "heads", None)
+        k, v = (constrain(x, "batch", None, "kv_heads", None) for x in (k, v))
         if c.qk_norm:
             q = Norm("rms", c.norm_eps, False, name="q_norm")(q)
             k = Norm("rms", c.norm_eps, False, name="k_norm")(k)
@@ -168,7 +200,7 @@ class Attention(nn.Module):
         out, carry = attend(q, k, v)
         if self.decoding:
             out = decoding.from_cache(out, c)
-        out = Linear((c.d_model,), self.residual_std, c.use_bias, 2, name="out")(out)
+        out = linear((c.d_model,), self.residual_std, contract=2, name="out")(out)
         return checkpoint_name(out, NARROW), carry
 
 
@@ -180,11 +212,12 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         c = self.config
+        linear = functools.partial(Linear, use_bias=c.use_bias, stationary=self.decoding)
         if self.decoding:
             x = decoding.to_kernels(x, c)
-        hidden = Linear((c.mlp_width,), c.init_std, c.use_bias, name="up")(x)
+        hidden = linear((c.mlp_width,), c.init_std, name="up")(x)
         if c.activation == "swiglu":
-            gate = Linear((c.mlp_width,), c.init_std, c.use_bias, name="gate")(x)
+            gate = linear((c.mlp_width,), c.init_std, name="gate")(x)
             hidden = activation(c.activation, gate) * hidden
         else:
             # Its several factors are computed again in the backward pass: they are as wide as the layer itself.
@@ -193,7 +226,7 @@ class Mlp(nn.Module):
             hidden = decoding.hidden(hidden, c)
         else:
             hidden = constrain(hidden, "batch", None, "mlp")
-        down = Linear((c.d_model,), self.residual_std, c.use_bias, name="down")(hidden)
+        down = linear((c.d_model,), self.residual_std, name="down")(hidden)
         return checkpoint_name(down, NARROW)
 
 
