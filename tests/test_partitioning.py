@@ -116,6 +116,26 @@ def test_unknown_logical_axis_is_refused():
         partitioning.spec("w", (4,), ("head",))
 
 
+def test_a_block_has_the_axes_of_the_table_without_its_layers():
+    assert partitioning.block_axes("mlp/down/kernel") == ("mlp", "d_model")
+    with pytest.raises(ValueError, match="blocks/mlp/sideways/kernel: no rule of PARAMETERS"):
+        partitioning.block_axes("mlp/sideways/kernel")
+
+
+def test_what_is_gathered_is_whole_and_its_gradient_in_parts():
+    """Nothing changes but where it lies, and without a mesh nothing at all."""
+    x = jnp.arange(32.0).reshape(8, 4)
+    assert partitioning.gathered(x, ("d_model", "mlp"), "d_model") is x
+    mesh = jax.sharding.AbstractMesh((1, 4, 2), ("data", "fsdp", "model"))
+    with jax.sharding.use_abstract_mesh(mesh):
+        read = functools.partial(
+            partitioning.gathered, logical_axes=("d_model", "mlp"), whole="d_model"
+        )
+        forward, backward = jax.make_jaxpr(lambda x: jax.vjp(read, x)[1](x))(x).eqns[-2:]
+    assert forward.params["sharding"].spec == P(None, "model")
+    assert backward.params["sharding"].spec == P("fsdp", "model")
+
+
 def test_an_axis_of_size_one_stays_whole():
     assert partitioning.spec("k", (64, 1), ("d_model", "kv_heads"), MESH) == P("fsdp", None)
 
