@@ -30,6 +30,7 @@ from instructax.config import (
     UserError,
     replace,
 )
+from instructax.models import functional as model
 from instructax.plan import (
     chips,
     compiling,
@@ -41,6 +42,7 @@ from instructax.plan import (
     topology,
 )
 from instructax.plan.chips import CHIPS, GIB
+from instructax.plan.program import Program
 from instructax.runtime.mesh import make_mesh
 
 MODEL = ModelConfig(
@@ -602,6 +604,24 @@ def test_bytes_of_states_are_those_counted_by_hand():
     # While it samples, everything else stays where it is.
     assert sample.held["optimizer"] == update.passed["optimizer"]
     assert sample.held["frozen"] == update.held["frozen"]
+
+
+def test_rankings_are_planned_family_by_family_where_that_has_fewer_scores(monkeypatch):
+    """Half of a row its prompt; on a CPU, which has a triangle of scores for a whole row, that pays nowhere."""
+
+    def planned() -> Program:
+        return by_name(TINY, ["reward/step"])["reward/step"]
+
+    whole = planned()
+    assert whole.arguments[1].layout.families is None
+    monkeypatch.setattr(model, "row_scores", lambda length: length**2)
+    parted = planned()
+    families = parted.arguments[1].layout.families
+    assert families.prompt_BxNxP.shape == (8, 1, 32)
+    assert families.response_BxNxKxT.shape == (8, 1, 9, 8)
+    fewer = 64**2 - (32**2 + 9 * 8 * (32 + 8))
+    attention = 3 * 4 * MODEL.num_layers * MODEL.d_model * 8 * fewer
+    assert whole.model_flops - parted.model_flops == attention
 
 
 def test_frozen_models_in_the_hosts_memory_are_on_a_chip_for_scoring_alone():

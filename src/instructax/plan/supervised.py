@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from instructax.batches import ComparisonBatch
+from instructax.batches import ComparisonBatch, Families, Layout
 from instructax.config import PretrainConfig, SftConfig
 from instructax.models import functional as model
 from instructax.plan import least_moves, model_flops
 from instructax.plan.memory import shard_bytes
 from instructax.plan.program import Program, Shapes, bytes_of, shardings
 from instructax.runtime import mesh as mesh_lib
+from instructax.stages.reward import even_families
 from instructax.stages.sft import network
 from instructax.steps.accumulate import measure
 from instructax.steps.optimizer import make_optimizer
@@ -112,13 +114,8 @@ class Supervised(Shapes):
         index = (c.batch_size, c.max_responses)
         number = self.of_rows("reward.batch_size", index, jnp.int32)
         valid = self.of_rows("reward.batch_size", index, jnp.bool_)
-        batch = ComparisonBatch(
-            self.layout("reward.batch_size", rows, c.row_length, prefixed=True),
-            number,
-            number,
-            number,
-            valid,
-        )
+        layout, context = self._rankings(rows)
+        batch = ComparisonBatch(layout, number, number, number, valid)
 
         def step(state, batch):
             key = jax.random.key(0) if c.dropout != 0.0 else None
@@ -138,7 +135,7 @@ class Supervised(Shapes):
             jax.jit(step, donate_argnums=0, out_shardings=(shardings(state), None)),
             (state, batch),
             passed=bytes_of(state),
-            model_flops=model_flops.train(m, tokens, c.row_length, unembedded=0.0),
+            model_flops=model_flops.train(m, tokens, context, unembedded=0.0),
             least_moved=least_moves.train(
                 m, tokens, self.mesh.shape, c.grad_accumulation, scalar=True
             ),
@@ -149,8 +146,23 @@ class Supervised(Shapes):
             (state.params, batch),
             passed={"params": shard_bytes(state.params)},
             held={"optimizer": bytes_of(state)["optimizer"]},
-            model_flops=model_flops.forward(m, tokens, c.row_length, unembedded=0.0),
+            model_flops=model_flops.forward(m, tokens, context, unembedded=0.0),
             least_moved=least_moves.forward(
                 m, tokens, self.mesh.shape, c.grad_accumulation, scalar=True
             ),
         )
+
+    def _rankings(self, rows: int) -> tuple[Layout, float]:
+        """Rows of a prompt with its responses, and how many slots a token of them attends to in the mean."""
+        c, field = self.config.reward, "reward.batch_size"
+        layout = self.layout(field, rows, c.row_length, prefixed=True)
+        with jax.set_mesh(self.mesh):
+            sizes = even_families(c)
+        if sizes is None:
+            return layout, c.row_length
+        families = Families(
+            self.of_rows(field, (rows, sizes.prompts, sizes.prompt), jnp.int32),
+            self.of_rows(field, (rows, sizes.prompts, c.max_responses, sizes.response), jnp.int32),
+        )
+        context = sizes.scores(c.max_responses) / c.row_length
+        return dataclasses.replace(layout, families=families), context

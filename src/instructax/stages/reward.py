@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from instructax.batches import ComparisonBatch
-from instructax.config import Config
+from instructax.config import Config, RewardConfig
 from instructax.data import comparisons
 from instructax.data.pipeline import derive_seed
 from instructax.losses.ranking import ranked_pairs
@@ -147,6 +147,19 @@ def _laid_out(run: Run, examples, prompts: int, *, packed: bool, max_responses: 
         row_scores=model.row_scores(row_length),
         tile=model.family_tile(),
         seed=seed,
+    )
+
+
+def even_families(c: RewardConfig) -> comparisons.FamilySizes | None:
+    """Those of rows of which a prompt takes half, and as many responses as there may be the rest; what a plan takes."""
+    prompt = c.row_length // 2
+    return comparisons.family_sizes(
+        [prompt],
+        [max(1, (c.row_length - prompt) // c.max_responses)],
+        ways=c.max_responses,
+        most_in_row=1,
+        row_scores=model.row_scores(c.row_length),
+        tile=model.family_tile(),
     )
 
 
