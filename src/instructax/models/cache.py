@@ -18,6 +18,7 @@ from instructax.models.attention import attending, heads_first
 from instructax.models.layers import Block, join_qkv, part_qkv
 from instructax.models.stored import Stored, heads_joined, like, look, put, store
 from instructax.models.transformer import embed, finish
+from instructax.partitioning import parts
 
 Array = Any
 Params = Any
@@ -74,6 +75,9 @@ def _read(copy: Params, config: ModelConfig, layout: Layout) -> tuple[Array, lis
         def attend(q, k, v, of_layer=of_layer):
             return of_layer(q, k, v), (heads_first(k), heads_first(v))
 
+        if parts("d_model") > 1:
+            # Not before its turn: the kernels of all layers, gathered ahead, would be the whole model.
+            params, x = jax.lax.optimization_barrier((params, x))
         # Of many tokens they are three: what is kept of each layer would be the whole product otherwise.
         params = {**params, "attn": part_qkv(params["attn"], config)}
         x, (key, value) = _apply(block, params, x, layout.position_BxL, attend)
