@@ -130,7 +130,7 @@ class Linear(nn.Module):
     def __call__(self, x: Array) -> Array:
         inputs = x.shape[x.ndim - self.contract :]
         kernel = self.param("kernel", nn.initializers.normal(self.std), inputs + self.features)
-        product = functools.partial(_product, contract=self.contract)
+        product: Callable[..., Array] = functools.partial(_product, contract=self.contract)
         if parts("d_model") * parts("length") > 1 and not self.stationary:
             axes = block_axes("/".join((*self.path, "kernel")))
             product = functools.partial(_product_of_parts, contract=self.contract, axes=axes)
