@@ -109,7 +109,7 @@ def _product_of_parts(x: Array, kernel: Array, contract: int, axes: tuple[str, .
     """The same where both lie in parts: the stream by slots, the kernel by d_model, which are whole for it."""
     if axes[0] == "d_model":
         return _product(gather_stream(x), gathered(kernel, axes, "d_model"), contract)
-    # A TPU sums into parts along a first axis alone: with d_model behind, a gradient would be summed whole.
+    # A TPU's compiler does not sum into parts along a last axis: with d_model behind, a gradient would be summed whole.
     kernel = gathered(jnp.moveaxis(kernel, -1, 0), (axes[-1], *axes[:-1]), "d_model")
     return _product(x, kernel, contract, first=1)
 
