@@ -13,7 +13,7 @@ Planned for 8 v5p chips, never run (docs/plan.md):
   planned there. On 8 the update needed 31.9 in eight parts, before kernels travelled once a pass.
 - 0.97 PF/s-days of the model's FLOPs.
 - SFT on 4 to 512 chips, 4 rows a chip: 300 to 312 ms a step, 52 to 54% MFU (docs/plan.md, weak scaling).
-- The 6B reward model (`--only reward/step`): 3.6 s for 64 rankings of 9 in rows of 2,048, 40% MFU, 32.8 GiB. Evaluation: not planned.
+- The 6B reward model (`--only reward/step`): 2.75 s for 64 rankings of 9 in rows of 2,048, 52% MFU, 28.0 GiB. Evaluation: not planned.
 
 Where the paper is silent: reward rows of 2,048 slots (a prompt whose responses need more is left out and counted), bands of 256
 positions in every second layer, lambda .95, value clip .2, no whitening of rewards, no clip of gradients. Weights, tokenizer and data

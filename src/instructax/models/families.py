@@ -1,9 +1,10 @@
 """Attention over prompts with their responses, of which only what is seen is computed.
 
 A row's mask shows a response its prompt and itself. A product over whole rows computes everything else in
-vain; here prompts and responses are laid side by side instead (:class:`instructax.batches.Families`),
-so that a response meets its prompt's keys and its own and no others. :func:`instructax.models.attention.visible`
-is the semantics, and this equals it.
+vain; here a prompt and its responses are laid side by side instead (:class:`instructax.batches.Families`),
+so that who sees whom does not depend on the data: products of a response meet its prompt's keys and its own and
+no others, and a kernel leaves out the blocks in between. :func:`instructax.models.attention.visible` is the
+semantics, and this equals it.
 """
 
 from __future__ import annotations
@@ -16,11 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from instructax.batches import Families
-from instructax.models.flash import LANES, flash_attention, serves_lengths
+from instructax.models.flash import LANES, flash_attention, serves_rows
 from instructax.partitioning import platform
 
 Array = Any
+Sizes = tuple[
+    int, int, int
+]  # P slots of a prompt, K responses of T slots: a family's M slots, and some of no use
 Pair = tuple[Array, Array]  # of prompts Nx1xP..., of responses NxKxT...
+
+# A family's slots are a multiple, so that the kernel's blocks are not smaller.
+KERNEL_BLOCK = 256
 
 
 def tile() -> int:
@@ -44,58 +51,77 @@ def family_attention(
     groups = k_BxLxGxC.shape[2]
     _, prompts, P = families.prompt_BxNxP.shape
     K, T = families.response_BxNxKxT.shape[2:]
-    there_BxM = jnp.concatenate(
-        [families.prompt_BxNxP.reshape(rows, -1), families.response_BxNxKxT.reshape(rows, -1)],
-        axis=1,
+    own_BxNxM = jnp.concatenate(
+        [families.prompt_BxNxP, families.response_BxNxKxT.reshape(rows, prompts, K * T)], axis=2
     )
+    serves = serves_rows(rows, KERNEL_BLOCK, heads, groups, width)
+    if serves:
+        more = -own_BxNxM.shape[2] % KERNEL_BLOCK
+        own_BxNxM = jnp.pad(own_BxNxM, ((0, 0), (0, 0), (0, more)), constant_values=-1)
+    there_BxM = own_BxNxM.reshape(rows, -1)
     home_BxL = _inverse(there_BxM, length)
 
-    def split(x_BxLxGxC: Array) -> tuple[Array, Array]:
+    def by_family(x_BxLxGxC: Array) -> Array:
         x_BxMxF = rearranged(x_BxLxGxC.reshape(rows, length, -1), there_BxM, home_BxL)
-        of_prompts, of_responses = jnp.split(x_BxMxF, [prompts * P], axis=1)
-        heads_shape = x_BxLxGxC.shape[2:]
-        return (
-            of_prompts.reshape(rows * prompts, 1, P, *heads_shape),
-            of_responses.reshape(rows * prompts, K, T, *heads_shape),
-        )
+        return x_BxMxF.reshape(rows * prompts, -1, *x_BxLxGxC.shape[2:])
 
-    q, k, v = split(q_BxLxHxC), split(k_BxLxGxC), split(v_BxLxGxC)
-    real = (
-        families.prompt_BxNxP.reshape(rows * prompts, 1, P) >= 0,
-        families.response_BxNxKxT.reshape(rows * prompts, K, T) >= 0,
-    )
-    serves = serves_lengths(rows, (P, T), heads, groups, width)
-    prompt, response = (_by_kernel if serves else _by_products)(q, k, v, real, band_width)
-    out_BxMxF = jnp.concatenate(
-        [x.reshape(rows, -1, heads * width) for x in (prompt, response)], axis=1
-    )
+    q, k, v = by_family(q_BxLxHxC), by_family(k_BxLxGxC), by_family(v_BxLxGxC)
+    real_NxM = own_BxNxM.reshape(rows * prompts, -1) >= 0
+    attend = _by_kernel if serves else _by_products
+    out_NxMxHxC = attend(q, k, v, real_NxM, (P, K, T), band_width)
+    out_BxMxF = out_NxMxHxC.reshape(rows, -1, heads * width)
     return rearranged(out_BxMxF, home_BxL, there_BxM).reshape(q_BxLxHxC.shape)
 
 
 def _by_kernel(
-    q: Pair, k: Pair, v: Pair, real: Pair, band_width: int | None, interpret: bool = False
-) -> Pair:
-    """Each response's keys and values stand behind its prompt's, of which the gradients add up over K."""
-    attend = functools.partial(flash_attention, band_width=band_width, interpret=interpret)
-
-    def rows(x: Array) -> Array:
-        return x.reshape(-1, *x.shape[2:])
-
-    def behind(x: Pair) -> Array:
-        of_prompt, of_responses = x
-        shape = (*of_responses.shape[:2], *of_prompt.shape[2:])
-        return rows(jnp.concatenate([jnp.broadcast_to(of_prompt, shape), of_responses], axis=2))
-
-    segment = (real[0].astype(jnp.int32), real[1].astype(jnp.int32))
-    prompt = attend(rows(q[0]), rows(k[0]), rows(v[0]), rows(segment[0]))
-    response = attend(
-        rows(q[1]), behind(k), behind(v), rows(segment[1]), key_segment_BxS=behind(segment)
+    q_NxMxHxC: Array,
+    k_NxMxGxC: Array,
+    v_NxMxGxC: Array,
+    real_NxM: Array,
+    sizes: Sizes,
+    band_width: int | None,
+    interpret: bool = False,
+) -> Array:
+    """A family is one row of the kernel, and which of its blocks are computed is known beforehand."""
+    seen_MxM = _seen(q_NxMxHxC.shape[1], sizes, band_width)
+    # Real slots are one segment, the others another.
+    return flash_attention(
+        q_NxMxHxC,
+        k_NxMxGxC,
+        v_NxMxGxC,
+        real_NxM.astype(jnp.int32),
+        seen_LxL=seen_MxM,
+        interpret=interpret,
     )
-    return prompt.reshape(q[0].shape), response.reshape(q[1].shape)
 
 
-def _by_products(q: Pair, k: Pair, v: Pair, real: Pair, band_width: int | None) -> Pair:
-    groups, slots = k[0].shape[3], q[0].shape[2]
+def _seen(slots: int, sizes: Sizes, band_width: int | None) -> np.ndarray:
+    """seen_MxM[i, j]: slot i of a family would see slot j, were both real."""
+    P, _, T = sizes
+    index = np.arange(slots)
+    text = np.where(index < P, 0, 1 + (index - P) // T)  # 0 is the prompt
+    position = np.where(index < P, index, P + (index - P) % T)
+    distance = position[:, None] - position
+    seen = (distance >= 0) & ((text == 0) | (text == text[:, None]))
+    return seen if band_width is None else seen & (distance < band_width)
+
+
+def _by_products(
+    q_NxMxHxC: Array,
+    k_NxMxGxC: Array,
+    v_NxMxGxC: Array,
+    real_NxM: Array,
+    sizes: Sizes,
+    band_width: int | None,
+) -> Array:
+    P, K, T = sizes
+
+    def split(x_NxMx: Array) -> Pair:
+        of_prompt, of_responses = jnp.split(x_NxMx, [P], axis=1)
+        return of_prompt[:, None], of_responses.reshape(-1, K, T, *x_NxMx.shape[2:])
+
+    q, k, v, real = split(q_NxMxHxC), split(k_NxMxGxC), split(v_NxMxGxC), split(real_NxM)
+    groups = k_NxMxGxC.shape[2]
 
     def grouped(x_NxKxTxHxC: Array) -> Array:
         *shape, heads, width = x_NxKxTxHxC.shape
@@ -105,9 +131,10 @@ def _by_products(q: Pair, k: Pair, v: Pair, real: Pair, band_width: int | None) 
     scores = functools.partial(_scores, band_width=band_width)
     prompt = _softmax([(scores(q_p, k[0], real[0], 0), v[0])])
     response = _softmax(
-        [(scores(q_r, k[0], real[0], slots), v[0]), (scores(q_r, k[1], real[1], 0), v[1])]
+        [(scores(q_r, k[0], real[0], P), v[0]), (scores(q_r, k[1], real[1], 0), v[1])]
     )
-    return prompt, response
+    out = [x.reshape(q_NxMxHxC.shape[0], -1, *q_NxMxHxC.shape[2:]) for x in (prompt, response)]
+    return jnp.concatenate(out, axis=1)
 
 
 def _scores(q: Array, k: Array, real: Array, before: int, *, band_width: int | None) -> Array:
