@@ -35,6 +35,7 @@ from instructax.plan import (
     chips,
     compiling,
     least_moves,
+    links,
     memory,
     model_flops,
     programs,
@@ -308,9 +309,9 @@ def test_the_text_of_a_tpu_is_read():
     assert (summed.count, summed.wire) == (6, 6 * 4 * 128 * 2)
     assert (gathered.count, gathered.wire) == (6, 6 * 4 * 256 * 2 * 3 / 4)
     # Neighbours share one link; {0, 2, 4, 6} spans two axes of two.
-    one_sum = 4 * 128 * 2 / 100e9 + timing.HOP_SECONDS
+    one_sum = 4 * 128 * 2 / 100e9 + links.HOP_SECONDS
     assert summed.seconds == pytest.approx(6 * one_sum)
-    assert gathered.seconds == pytest.approx(6 * (1536 / 200e9 + 2 * timing.HOP_SECONDS))
+    assert gathered.seconds == pytest.approx(6 * (1536 / 200e9 + 2 * links.HOP_SECONDS))
     assert cost.exposed == pytest.approx(summed.seconds + gathered.seconds)
     seconds = cost.compiler_seconds(chip)
     assert seconds == pytest.approx(6000 / 1.75e9 + cost.exposed)

@@ -17,9 +17,8 @@ from dataclasses import dataclass, field
 from instructax.plan import hlo
 from instructax.plan.chips import Chip
 from instructax.plan.hlo import Computation, Instruction, Module
+from instructax.plan.links import Links, goes_round_one_ring
 from instructax.plan.traffic import hbm_bytes, of_cache_look
-
-HOP_SECONDS = 1e-6  # latency of a step of a collective from chip to chip
 
 
 @dataclass
@@ -111,11 +110,9 @@ class _Walk:
         self, module: Module, chip: Chip, places: Sequence[tuple[int, ...] | None], unknown: int,
         filled: tuple[int, int],
     ):  # fmt: skip
-        self._module, self._chip, self._places, self._unknown = module, chip, places, unknown
-        self._filled = filled
+        self._module, self._chip, self._unknown, self._filled = module, chip, unknown, filled
+        self._devices, self._links = len(places), Links(chip, places)
         self._known: dict[str, Cost] = {}
-        spans = [place for place in places if place is not None]
-        self._slice = tuple(max(axis) + 1 for axis in zip(*spans, strict=True)) if spans else ()
 
     def of(self, name: str | None) -> Cost:
         name = self._module.entry if name is None else name
@@ -180,7 +177,8 @@ class _Walk:
             for inner_kind, inner, is_early in found:
                 chain = inner.chain
                 if chain not in chains:
-                    early += self._collective(inner_kind, inner, own, is_early or bool(chain))
+                    is_early = is_early or bool(chain)
+                    early += self._collective(inner_kind, inner, own, is_early, instruction)
                 if chain:
                     chains.add(chain)
             kind = kind or (found[0][0] if found and not flops else None)
@@ -220,15 +218,23 @@ class _Walk:
                 found.append((kind, inner, "async" in name or inner.opcode.endswith("-start")))
         return flops, found
 
-    def _collective(self, kind: str, instruction: Instruction, own: Cost, is_early: bool) -> float:
-        members = hlo.group(instruction, len(self._places))
+    def _collective(
+        self,
+        kind: str,
+        instruction: Instruction,
+        own: Cost,
+        is_early: bool,
+        within: Instruction | None = None,
+    ) -> float:
+        """Adds one to ``own``; returns its seconds where it is started early. ``within`` is the fusion that holds it."""
+        members = hlo.group(instruction, self._devices)
         n = len(members)
         moved = _payload(kind, instruction, n)
         kind = "reduce-scatter" if kind == "all-reduce-scatter" else kind
         share = 1.0 if kind == "collective-permute" else (n - 1) / n
         wire = (2.0 if kind == "all-reduce" else 1.0) * share * moved
-        bandwidth, hops = self._path(kind, members)
-        seconds = wire / bandwidth + hops * HOP_SECONDS if n > 1 else 0.0
+        one_ring = any(goes_round_one_ring(i) for i in (instruction, within) if i is not None)
+        seconds = self._links.seconds(kind, members, wire, one_ring)
         traffic = own.collectives[kind]
         traffic.count += 1
         traffic.payload += moved
@@ -240,25 +246,6 @@ class _Walk:
         own.exposed += seconds
         own.exposed_compiler += seconds
         return 0.0
-
-    def _path(self, kind: str, members: Sequence[int]) -> tuple[float, int]:
-        """(bytes a second that a chip sends, steps) in a group: both ways round every ring that it spans."""
-        chip, places = self._chip, [self._places[m] for m in members]
-        if any(place is None for place in places):
-            return chip.link_bandwidth * chip.links, 1
-        coordinates = list(zip(*(place for place in places if place is not None), strict=True))
-        links, hops = 0, 0
-        for axis, whole in zip(coordinates, self._slice, strict=True):
-            extent = len(set(axis))
-            if extent == 1:
-                continue
-            ring = extent == whole and whole % chip.wraps_at == 0
-            # Two chips that are neighbours share one link; a line's ends have one neighbour.
-            links += 2 if ring else 1
-            hops += extent // 2 if ring else extent - 1
-        if kind == "collective-permute":
-            links, hops = 1, 1
-        return chip.link_bandwidth * max(1, links), hops
 
 
 def collective_kind(instruction: Instruction) -> str | None:
