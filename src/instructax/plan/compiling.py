@@ -18,9 +18,6 @@ from instructax.plan.program import Program
 from instructax.plan.timing import Cost
 from instructax.plan.topology import quiet
 
-WRITTEN_OUT = 8
-"""A program with more than twice so many layers written out is compiled with so many and with twice as many."""
-
 REMATERIALIZED = "Involuntary full rematerialization"
 
 
@@ -40,40 +37,12 @@ class Planned:
     """Arrays that the partitioner had to gather whole against the tables' wish."""
     seconds: float
     """Spent in the compiler."""
-    extended: bool
-    """Extended from two compilations with fewer layers."""
 
     def fits(self, chip: Chip) -> bool:
         return self.cost is not None and self.memory.total <= chip.usable_bytes
 
 
 def plan(program: Program, mesh: Mesh, chip: Chip) -> Planned:
-    """Compile; a program with many layers written out is compiled with few and with twice as many."""
-    if program.with_layers is None or program.layers <= 2 * WRITTEN_OUT:
-        return _compiled(program, mesh, chip)
-    few = _compiled(program.with_layers(WRITTEN_OUT), mesh, chip)
-    more = _compiled(program.with_layers(2 * WRITTEN_OUT), mesh, chip)
-    if few.cost is None or more.cost is None:
-        failed = few if few.cost is None else more
-        return Planned(
-            program, failed.memory, None, None, 0.0, failed.rematerialized,
-            few.seconds + more.seconds, True,
-        )  # fmt: skip
-    times = (program.layers - WRITTEN_OUT) / WRITTEN_OUT
-    assert few.decode is not None and more.decode is not None
-    return Planned(
-        program=program,
-        memory=memory.scaled(few.memory, more.memory, times),
-        cost=timing.scaled(few.cost, more.cost, times),
-        decode=timing.scaled(few.decode, more.decode, times),
-        counted_once=few.counted_once + times * (more.counted_once - few.counted_once),
-        rematerialized=max(few.rematerialized, more.rematerialized),
-        seconds=few.seconds + more.seconds,
-        extended=True,
-    )
-
-
-def _compiled(program: Program, mesh: Mesh, chip: Chip) -> Planned:
     began = time.perf_counter()
     message, compiled = "", None
     with jax.set_mesh(mesh), quiet() as said:
@@ -88,7 +57,7 @@ def _compiled(program: Program, mesh: Mesh, chip: Chip) -> Planned:
         refused = memory.refused(message, program.passed, program.held)
         if refused is None:
             raise RuntimeError(f"{program.name}: {message}")
-        return Planned(program, refused, None, None, 0.0, rematerialized, spent, False)
+        return Planned(program, refused, None, None, 0.0, rematerialized, spent)
     text, places = compiled.as_text(), _places(mesh.devices.flatten().tolist())
     cost = timing.analyse(text, chip, places, program.unknown_trips, program.filled)
     decode = Cost()
@@ -96,9 +65,7 @@ def _compiled(program: Program, mesh: Mesh, chip: Chip) -> Planned:
         decode.add(cost)
         decode.add(timing.analyse(text, chip, places, 0, program.filled), -1.0)
     held = memory.of_program(compiled.memory_analysis(), program.passed, program.held, program.made)
-    return Planned(
-        program, held, cost, decode, _counted_once(compiled), rematerialized, spent, False
-    )
+    return Planned(program, held, cost, decode, _counted_once(compiled), rematerialized, spent)
 
 
 def compiler_options(chip: Chip) -> dict[str, str]:

@@ -81,16 +81,6 @@ def of_program(
     return Memory(kinds)
 
 
-def scaled(small: Memory, large: Memory, times: float) -> Memory:
-    """As :func:`instructax.plan.timing.scaled`."""
-    return Memory(
-        {
-            kind: max(0.0, size + times * (large.kinds[kind] - size))
-            for kind, size in small.kinds.items()
-        }
-    )
-
-
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)([KMGT]?)"
 # With its arguments, or without them, as the compiler's stage that gives up counts.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,9 +43,6 @@ class Program:
     """Bytes a chip that decoding cannot but read: weights and cache, each token."""
     iterations: int = 0
     """How often a run of PPO makes this update."""
-    with_layers: Callable[[int], Program] | None = None
-    """The same program of a model with fewer layers, where layers are written out."""
-    layers: int = 0
 
 
 class Shapes:

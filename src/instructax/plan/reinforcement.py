@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from instructax.batches import EPISODE_WIDTHS, Layout, LmBatch, Rollout, scored_width
-from instructax.config import ModelConfig, replace
+from instructax.config import ModelConfig
 from instructax.models import functional as model
 from instructax.plan import least_moves, model_flops
 from instructax.plan.memory import shard_bytes
@@ -147,21 +147,13 @@ class Reinforcement(Shapes):
 
     def _copy(self, name: str, params: Any, held: dict[str, float]) -> Program:
         """Part of sampling; on its own so that its time is known."""
-
-        def of(m: ModelConfig, params: Any) -> Program:
-            return Program(
-                f"{name}/rollout_copy",
-                jax.jit(functools.partial(model.rollout_copy, config=m)),
-                (params,),
-                passed={"params": shard_bytes(params)},
-                held=held,
-                layers=m.num_layers,
-                with_layers=lambda n: of(
-                    replace(m, num_layers=n), self.params(replace(m, num_layers=n), "lm")
-                ),
-            )
-
-        return of(self.config.model, params)
+        return Program(
+            f"{name}/rollout_copy",
+            jax.jit(functools.partial(model.rollout_copy, config=self.config.model)),
+            (params,),
+            passed={"params": shard_bytes(params)},
+            held=held,
+        )
 
     def _sampling(
         self, name: str, m: ModelConfig, held: dict[str, float], temperature: float,
@@ -209,10 +201,6 @@ class Reinforcement(Shapes):
             unknown_trips=c.response_length - 1,
             filled=filled,
             bandwidth_bound=bound,
-            layers=m.num_layers,
-            with_layers=lambda n: self._sampling(
-                name, replace(m, num_layers=n), held, temperature, rows_of=rows_of, rows=rows
-            ),
         )
 
     def evaluating(self) -> Iterator[Program]:

@@ -41,11 +41,10 @@ def heading(config: Config, target: Target) -> str:
 def paragraph(planned: Planned, target: Target) -> str:
     chip, memory = target.chip, planned.memory
     fits = "fits" if planned.fits(chip) else "DOES NOT FIT"
-    about = ", extended from two with fewer layers" if planned.extended else ""
     lines = [
         (
             f"{planned.program.name}: {fits}, {size(memory.total)} of {size(chip.usable_bytes)} a chip "
-            f"(compiled in {planned.seconds:.0f} s{about})"
+            f"(compiled in {planned.seconds:.0f} s)"
         ),
         "  memory  " + ", ".join(f"{kind} {size(v)}" for kind, v in memory.kinds.items() if v),
     ]
@@ -173,7 +172,6 @@ def _program_json(planned: Planned, target: Target) -> dict[str, Any]:
         "bytes": planned.memory.kinds | {"total": planned.memory.total},
         "model_flops_per_chip": planned.program.model_flops / target.chips,
         "compile_seconds": planned.seconds,
-        "extended": planned.extended,
         "rematerialized": planned.rematerialized,
     }
     if planned.cost is None:

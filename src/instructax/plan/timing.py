@@ -78,15 +78,6 @@ class Cost:
         return self.roofline + self.exposed
 
 
-def scaled(small: Cost, large: Cost, times: float) -> Cost:
-    """small + times * (large - small): a program whose layers are written out, from two with fewer layers."""
-    cost = Cost()
-    cost.add(small, 1.0 - times)
-    cost.add(large, times)
-    cost.unknown_loops = small.unknown_loops
-    return cost
-
-
 def analyse(
     text: str,
     chip: Chip,
