@@ -8,7 +8,7 @@ do not, so the plan is asked for with others:
     JAX_PLATFORMS=cpu launch/local.sh --flags tpu -- plan --config configs/instructgpt_175b.py --topology v5p:4x4x8 \\
         --only ppo --sft.batch-size 32 --init.batch-size 32
 
-- Largest program: sampling, 89.2 of 95 GiB a chip; the update 82.1, each minibatch in two parts; scoring 41.8.
+- Largest program: the update, 82.1 of 95 GiB a chip, each minibatch in two parts; sampling 72.6, scoring 41.8.
 - PPO, an iteration of 512 episodes at full length: 329 s (prefill 5, decode 34, score 17, update 273); the update at 64% MFU,
   decoding at 22% of its bandwidth bound.
 - 65.7 PF/s-days of the model's FLOPs; the paper gives 60 (section 5.1).

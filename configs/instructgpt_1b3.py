@@ -6,10 +6,10 @@ Planned for 8 v5p chips, never run (docs/plan.md):
 
     JAX_PLATFORMS=cpu launch/local.sh --flags tpu -- plan --config configs/instructgpt_1b3.py --topology v5p:2x2x2 --only ppo
 
-- Largest program: sampling, 46.5 of 95 GiB a chip; the update 44.5, in two parts; scoring 32.6.
+- Largest program: the update, 44.5 of 95 GiB a chip, in two parts; sampling 43.0, scoring 32.6.
 - PPO, an iteration of 512 episodes at full length: 73 s (prefill 1, decode 8, score 10, update 54); the update at 65% MFU,
   decoding at 52% of its bandwidth bound.
-- On 16 v6e (`--topology v6e:4x4`): sampling 23.4 of 31.25 GiB, the update 23.2 and 26 s. Scoring is not
+- On 16 v6e (`--topology v6e:4x4`): sampling 22.0 of 31.25 GiB, the update 23.2 and 26 s. Scoring is not
   planned there. On 8 the update needed 31.9 in eight parts, before kernels travelled once a pass.
 - 0.97 PF/s-days of the model's FLOPs.
 - SFT on 4 to 512 chips, 4 rows a chip: 300 to 312 ms a step, 52 to 54% MFU (docs/plan.md, weak scaling).
