@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import typing
 from pathlib import Path
 
 import pytest
 
 from instructax import config as config_module
 from instructax.config import Arm, Config, ModelConfig, OptimizerConfig, PpoConfig, replace
-from instructax.validation import validate
+from instructax.validation import alternatives, hints, validate
 
 SOURCE = Path(config_module.__file__)
 CLASSES = {
@@ -37,6 +38,14 @@ def undocumented(node: ast.ClassDef) -> list[str]:
 def test_every_field_is_explained(name):
     assert ast.get_docstring(CLASSES[name]), f"{name} has no docstring"
     assert not undocumented(CLASSES[name]), f"add a docstring below these fields of {name}"
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_none_means_one_thing_on_the_command_line(name):
+    """A field that may be None has no value named "none": ``--field none`` could not say which."""
+    for field, hint in hints(getattr(config_module, name)).items():
+        named = [value for member in alternatives(hint) for value in typing.get_args(member)]
+        assert not (type(None) in alternatives(hint) and "none" in named), f"{name}.{field}"
 
 
 def test_undocumented_fields_are_found():

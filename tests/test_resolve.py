@@ -113,6 +113,7 @@ def test_load_config_refuses_what_is_no_file(tmp_path):
         ("--ppo.value-clip-range=None", "ppo.value_clip_range", None),
         ("--ppo.value-clip-range .3", "ppo.value_clip_range", 0.3),
         ("--ppo.missing-eos none", "ppo.missing_eos", "none"),
+        ("--sft.remat none", "sft.remat", "none"),
         ("--ppo.missing-eos-value -1", "ppo.missing_eos_value", -1.0),
         ("--mesh.data -1", "mesh.data", -1),
         ("--ppo.whiten-rewards", "ppo.whiten_rewards", True),

@@ -315,8 +315,8 @@ class SftConfig:
     """Passes over the demonstrations (16; the RL init 2)."""
     dropout: float = 0.2
     """Residual dropout (0.2)."""
-    remat: Remat | None = None
-    """What the backward pass computes again here; None means model.remat, which PPO's larger states may need."""
+    remat: Remat | Literal["model"] = "model"
+    """What the backward pass computes again here; "model" is model.remat, which PPO's larger states may need."""
     prompt_loss_weight: float = 0.0
     """Weight of prompt tokens in the loss. Not stated: 0 trains what the labeler wrote, response and EOS."""
     pretrain_mix: float = 0.0

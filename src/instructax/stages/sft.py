@@ -39,7 +39,8 @@ Params = Any
 
 def network(model: ModelConfig, c: SftConfig) -> ModelConfig:
     """The model as a fine-tuning stage trains it."""
-    return dataclasses.replace(model, dropout=c.dropout, remat=c.remat or model.remat)
+    remat = model.remat if c.remat == "model" else c.remat
+    return dataclasses.replace(model, dropout=c.dropout, remat=remat)
 
 
 def run(config: Config, init: bool = False) -> None:
