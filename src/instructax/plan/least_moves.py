@@ -3,8 +3,8 @@
 ``fsdp`` shares out the weights of a part of a batch twice, forward and going back, and sums their
 gradients once, in the compute dtype (Rajbhandari et al. 2020, section 7.2.1, stage 3: 3 times the
 parameters). ``model`` gathers and sums a block's stream twice each way (Korthikanti et al. 2022,
-section 4.2.2). ``data`` sums what is left of the gradients, in float32. On a ring of n each sends (n-1)/n
-of the whole, twice that to sum where all keep it. Recomputation does not count.
+section 4.2.2). ``data`` sums what is left of the gradients, with each part in the compute dtype or once in float32. On
+a ring of n each sends (n-1)/n of the whole, twice that to sum where all keep it. Recomputation does not count.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def train(
 ) -> float:
     """The same for an update on them."""
     data, of_chip = mesh["data"], mesh["fsdp"] * mesh["model"]
-    gradients = 2.0 * (data - 1) / data * 4.0 * _parameters(m, scalar) / of_chip
+    width = min(4.0, parts * jnp.dtype(m.compute_dtype).itemsize)
+    gradients = 2.0 * (data - 1) / data * width * _parameters(m, scalar) / of_chip
     return 3.0 * parts * _weights(m, mesh, scalar) + 8.0 * _stream(m, tokens, mesh) + gradients
 
 
