@@ -21,9 +21,8 @@ from instructax.models.flash import LANES, flash_attention, serves_rows
 from instructax.partitioning import platform
 
 Array = Any
-Sizes = tuple[
-    int, int, int
-]  # P slots of a prompt, K responses of T slots: a family's M slots, and some of no use
+# P, K, T: a family's M slots are a prompt's P and K responses' T, and for the kernel some behind them that are nobody's.
+Sizes = tuple[int, int, int]
 Pair = tuple[Array, Array]  # of prompts Nx1xP..., of responses NxKxT...
 
 # A family's slots are a multiple, so that the kernel's blocks are not smaller.

@@ -43,6 +43,7 @@ class Planned:
 
 
 def plan(program: Program, mesh: Mesh, chip: Chip) -> Planned:
+    """Compile, and say what the compiler says; lack of memory is an answer, any other refusal a RuntimeError."""
     began = time.perf_counter()
     message, compiled = "", None
     with jax.set_mesh(mesh), quiet() as said:

@@ -50,11 +50,11 @@ class Reinforcement(Shapes):
         def beside(passed: dict[str, float]) -> dict[str, float]:
             return {kind: size - passed.get(kind, 0.0) for kind, size in everything.items()}
 
-        yield self._copy(name, policy.params, beside({"params": shard_bytes(policy.params)}))
-        sampling = functools.partial(
-            self._sampling, f"{name}/sample", rows_of="ppo.batch_size", rows=c.batch_size
+        held = beside({"params": shard_bytes(policy.params)})
+        yield self._copy(name, policy.params, held)
+        yield self._sampling(
+            f"{name}/sample", held, c.temperature, rows_of="ppo.batch_size", rows=c.batch_size
         )
-        yield sampling(m, beside({"params": shard_bytes(policy.params)}), c.temperature)
 
         width, rows = c.prompt_length + c.response_length, c.batch_size
         tokens = rows * width
@@ -156,10 +156,9 @@ class Reinforcement(Shapes):
         )
 
     def _sampling(
-        self, name: str, m: ModelConfig, held: dict[str, float], temperature: float,
-        *, rows_of: str, rows: int,
-    ) -> Program:  # fmt: skip
-        c = self.config.ppo
+        self, name: str, held: dict[str, float], temperature: float, *, rows_of: str, rows: int
+    ) -> Program:
+        c, m = self.config.ppo, self.config.model
         prompts, slots = self.prompts(rows_of, rows), c.prompt_length + c.response_length
         params = self.params(m, "lm")
         sample = functools.partial(
@@ -209,7 +208,7 @@ class Reinforcement(Shapes):
         params, reward = self.params(m, "lm"), self.params(r, "scalar")
         frozen = {"frozen": shard_bytes(reward)}
         yield self._sampling(
-            "evaluate/sample", m, frozen, c.temperature, rows_of="evaluate.batch_size", rows=rows
+            "evaluate/sample", frozen, c.temperature, rows_of="evaluate.batch_size", rows=rows
         )
         width = ppo.prompt_length + ppo.response_length
         batch = (
