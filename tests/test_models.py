@@ -17,7 +17,7 @@ from instructax.models import attention as attention_lib
 from instructax.models import functional as model
 from instructax.models import transformer
 from instructax.models.attention import visible
-from instructax.models.layers import dropout
+from instructax.models.layers import dropout, keep_masks
 from instructax.models.presets import PRESETS, llama
 
 SMALL = ModelConfig(
@@ -294,15 +294,25 @@ def test_dropout_acts_only_where_a_key_is_given():
 @pytest.mark.parametrize("rate", [0.1, 0.2, 0.75])
 def test_dropout_keeps_the_mean_and_draws_every_element_for_itself(rate):
     x = jnp.full((512, 255), 3.0)
-    y = np.asarray(dropout(x, rate, jax.random.key(0)))
-    dropped = y == 0.0
-    n = dropped.size
-    # Three standard deviations of a share of n draws.
-    assert abs(dropped.mean() - rate) < 3 * (rate * (1 - rate) / n) ** 0.5
-    np.testing.assert_allclose(y[~dropped], 3.0 / (1 - rate), rtol=1e-6)
-    for one, other in ((dropped[:, 1:], dropped[:, :-1]), (dropped[1:], dropped[:-1])):
-        correlation = np.corrcoef(one.ravel(), other.ravel())[0, 1]
+    masks = keep_masks(jax.random.key(0), x.shape, rate)
+    kept, other = (np.asarray(dropout(x, mask, rate)) != 0.0 for mask in masks)
+    for one in (kept, other):
+        n = one.size
+        # Three standard deviations of a share of n draws.
+        assert abs(1 - one.mean() - rate) < 3 * (rate * (1 - rate) / n) ** 0.5
+    for one, beside in ((kept[:, 1:], kept[:, :-1]), (kept[1:], kept[:-1]), (kept, other)):
+        correlation = np.corrcoef(one.ravel(), beside.ravel())[0, 1]
         assert abs(correlation) < 4 / one.size**0.5, correlation
+
+
+@pytest.mark.laws
+@pytest.mark.parametrize("rate", [0.1, 0.2, 0.75, 0.99999])
+def test_what_dropout_keeps_is_scaled_by_what_its_masks_drop(rate):
+    """Of all 65,536 halves of a word, so that the mean is exact and not the rate's to sixteen bits."""
+    x = np.asarray(dropout(jnp.ones(2), jnp.array([True, False]), rate))
+    below = round(rate * 2**16)
+    np.testing.assert_allclose(x, [2**16 / (2**16 - below), 0.0], rtol=1e-6)
+    assert abs(below / 2**16 - rate) <= 2**-17
 
 
 def test_scalar_head_starts_as_the_paper_says_and_shifts():

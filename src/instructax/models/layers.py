@@ -33,14 +33,24 @@ QKV, NARROW = "qkv", "narrow"
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 
-def dropout(x: Array, rate: float, key: Array) -> Array:
-    """x / (1 - rate) where a draw keeps it, else 0.
+def keep_masks(key: Array, shape: tuple[int, ...], rate: float) -> tuple[Array, Array]:
+    """Two independent masks of ``shape``, true with probability 1 - rate: the halves of one word an element.
 
-    The mask is made once: the compiler would draw again within every product that reads x, and a draw is a hundred
-    operations (and, for TPU, half a minute of the compiler for each such product).
+    They are made once: the compiler would draw again within every product that reads what is masked, and a draw is a
+    hundred operations (and, for TPU, half a minute of the compiler for each such product).
     """
-    keep = jax.lax.optimization_barrier(jax.random.bernoulli(key, 1.0 - rate, x.shape))
-    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+    word = jax.random.bits(key, shape, jnp.uint32)
+    below = _dropped_of_65536(rate)
+    return jax.lax.optimization_barrier(((word & 0xFFFF) >= below, (word >> 16) >= below))
+
+
+def dropout(x: Array, keep: Array, rate: float) -> Array:
+    """x / (1 - rate) where it is kept, else 0; the rate as :func:`keep_masks` has it, so that the mean is that of x."""
+    return jnp.where(keep, x / (1 - _dropped_of_65536(rate) / 2**16), 0).astype(x.dtype)
+
+
+def _dropped_of_65536(rate: float) -> int:
+    return min(round(rate * 2**16), 2**16 - 1)
 
 
 def activation(name: str, x: Array) -> Array:
@@ -254,12 +264,16 @@ class Block(nn.Module):
         stream = functools.partial(decoding.stream, config=c) if self.decoding else constrain_stream
         pre = c.norm_position == "pre"
 
-        def drop(y: Array) -> Array:
-            return y if self.deterministic else dropout(y, c.dropout, self.make_rng("dropout"))
+        keeps = (None, None)
+        if not self.deterministic:
+            keeps = keep_masks(self.make_rng("dropout"), x.shape, c.dropout)
+
+        def drop(y: Array, keep: Array | None) -> Array:
+            return y if keep is None else dropout(y, keep, c.dropout)
 
         y, carry = attention(attn_norm(x) if pre else x, position_BxL, attend)
-        x = stream(x + drop(y))
+        x = stream(x + drop(y, keeps[0]))
         x = x if pre else attn_norm(x)
-        x = x + drop(mlp(mlp_norm(x) if pre else x))
+        x = x + drop(mlp(mlp_norm(x) if pre else x), keeps[1])
         x = x if pre else mlp_norm(x)
         return stream(x), carry

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from instructax.batches import Layout
 from instructax.config import ModelConfig
 from instructax.models.attention import attending
-from instructax.models.layers import NARROW, QKV, Block, Norm, dropout
+from instructax.models.layers import NARROW, QKV, Block, Norm, dropout, keep_masks
 from instructax.partitioning import by_batch_shard_with_table, constrain, constrain_stream
 
 Array = Any
@@ -96,7 +96,8 @@ def hidden(
     if config.dropout == 0.0:
         dropout_key = None
     if dropout_key is not None:
-        x = dropout(x, config.dropout, jax.random.fold_in(dropout_key, config.num_layers))
+        key = jax.random.fold_in(dropout_key, config.num_layers)
+        x = dropout(x, keep_masks(key, x.shape, config.dropout)[0], config.dropout)
     block = Block(config, deterministic=dropout_key is None)
     pattern = config.attention_pattern
     attend_of = {
