@@ -24,6 +24,7 @@ from instructax.stages.context import Run, load_params, open_run, run_folder, st
 from instructax.stages.pretrain import held_out_nll
 from instructax.stages.sampling import Sample, Sampler
 from instructax.stages.trajectories import trajectory
+from instructax.stages.winrates import by_content, interval, length_matched, wins
 
 Params = Any
 BASELINE, BEST_OF_N, BASE = "sft", "best_of_n", "base"
@@ -192,7 +193,7 @@ def _compare(config: Config, names: Sequence[str]) -> dict[str, dict[str, float]
         },
         "nll_by_topic": {name: m["nll_by_topic"] for name, m in found.items() if m["nll_by_topic"]},
         "pairs": {
-            name: _paired(judged[name], judged[BASELINE], keys)
+            name: by_content(wins(judged[name], judged[BASELINE]), keys)
             for name in judged
             if name != BASELINE and BASELINE in judged
         },
@@ -254,49 +255,18 @@ def _winrates(judged, samples, keys, resamples: int, seed: int) -> dict[str, dic
     if BASELINE not in judged:
         return {}
     rates = {}
+    tokens = {name: np.asarray([s.tokens for s in rows]) for name, rows in samples.items()}
     for name, values in judged.items():
         if name == BASELINE:
             continue
         won = wins(values, judged[BASELINE])
         rates[f"{name}_vs_{BASELINE}"] = interval(won, keys, resamples, seed)
-        near = length_matched(samples[name], samples[BASELINE])
+        near = length_matched(tokens[name], tokens[BASELINE])
         if near.any():
             rates[f"{name}_vs_{BASELINE}_length_matched"] = interval(
                 won[near], keys[near], resamples, seed
             )
     return rates
-
-
-def wins(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """1 where a beats b, one half where they tie."""
-    return (a > b) + 0.5 * (a == b)
-
-
-def length_matched(a: Sequence[Sample], b: Sequence[Sample], within: int = 1) -> np.ndarray:
-    """Prompts whose two responses differ by at most ``within`` tokens."""
-    return np.asarray([abs(x.tokens - y.tokens) <= within for x, y in zip(a, b, strict=True)])
-
-
-def interval(won: np.ndarray, keys: np.ndarray, resamples: int, seed: int) -> dict[str, float]:
-    """Mean and 95% interval by bootstrap over content keys: prompts of one content fall together."""
-    names, group = np.unique(keys, return_inverse=True)
-    total = np.bincount(group, won, len(names))
-    count = np.bincount(group, minlength=len(names))
-    drawn = np.random.default_rng([seed, 7]).integers(0, len(names), (resamples, len(names)))
-    means = total[drawn].sum(axis=1) / count[drawn].sum(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return {"mean": float(won.mean()), "low": float(low), "high": float(high), "n": int(won.size)}
-
-
-def _paired(a: np.ndarray, b: np.ndarray, keys: np.ndarray) -> dict[str, list]:
-    """Wins by content key, so that intervals over seeds can be drawn later without the samples."""
-    won = wins(a, b)
-    names, group = np.unique(keys, return_inverse=True)
-    return {
-        "keys": names.tolist(),
-        "won": np.bincount(group, won, len(names)).tolist(),
-        "n": np.bincount(group, minlength=len(names)).tolist(),
-    }
 
 
 def _by_kind(records, values: np.ndarray) -> dict[str, dict[str, float]]:

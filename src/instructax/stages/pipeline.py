@@ -20,6 +20,7 @@ from instructax.runtime.folder import open_run as open_folder
 from instructax.runtime.workers import Piece, check, side_by_side
 from instructax.stages import collect, data, evaluate, ppo, pretrain, reward, sft, tokenizer
 from instructax.stages.context import run_folder, write_json
+from instructax.stages.winrates import interval_over_seeds
 
 
 def run(config: Config) -> None:
@@ -133,7 +134,7 @@ def summarise(config: Config, seeds: list[int], spent: _Spent) -> dict[str, Any]
         "labelers": {"agreement": _mean(r.get("agreement") for r in rewards)},
         "reward": _reward_figures(rewards),
         "winrate": {
-            f"{name}_vs_{evaluate.BASELINE}": _over_seeds(
+            f"{name}_vs_{evaluate.BASELINE}": interval_over_seeds(
                 [f["pairs"][name] for f in figures], config.evaluate.bootstrap, config.seed
             )
             for name in figures[0]["pairs"]
@@ -172,23 +173,6 @@ def _mean(values) -> float | None:
 
 def _means(rows: list[dict[str, float]]) -> dict[str, float]:
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-
-
-def _over_seeds(pairs: list[dict[str, list]], resamples: int, seed: int) -> dict[str, float]:
-    """Mean and 95% interval by bootstrap over seeds and, within them, over content keys."""
-    rng = np.random.default_rng([seed, 11])
-    won = [np.asarray(p["won"], float) for p in pairs]
-    count = [np.asarray(p["n"], float) for p in pairs]
-    means = []
-    for _ in range(resamples):
-        total = number = 0.0
-        for s in rng.integers(0, len(pairs), len(pairs)):
-            drawn = rng.integers(0, won[s].size, won[s].size)
-            total, number = total + won[s][drawn].sum(), number + count[s][drawn].sum()
-        means.append(total / number)
-    low, high = np.quantile(means, [0.025, 0.975])
-    mean = np.mean([w.sum() / n.sum() for w, n in zip(won, count, strict=True)])
-    return {"mean": float(mean), "low": float(low), "high": float(high)}
 
 
 def _kind_gaps(figures: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
