@@ -261,15 +261,16 @@ _BUILD = {"sft": _sft, "reward": _reward, "generate": _generate, "ppo": _ppo}
 
 
 def went(once: Callable[[], Any]) -> dict[str, float]:
-    """Seconds of ``once`` under the profiler: all, and by kind of operation, on the mean device."""
+    """Seconds of ``once`` under the profiler: all, those in which no operation ran, and by kind on the mean device."""
     with tempfile.TemporaryDirectory() as folder:
         jax.profiler.start_trace(folder)
         began = time.perf_counter()
         once()
         found = {"all": time.perf_counter() - began}
         jax.profiler.stop_trace()
-        operations = profile.own_time(profile.read(Path(folder)))
-    for (_, name), nanoseconds in operations.items():
+        events = profile.read(Path(folder))
+    found["between programs"] = found["all"] - profile.busy_time(events) / 1e9
+    for (_, name), nanoseconds in profile.own_time(events).items():
         kind = profile.kind(name)
         found[kind] = found.get(kind, 0.0) + nanoseconds / 1e9 / jax.device_count()
     return found

@@ -122,9 +122,13 @@ def where_table(
 ) -> str:
     """Seconds of one unit, those of its matrix products as a profiler saw them, and what that leaves; medians.
 
-    The unit is timed without the profiler, which slows a library of many small operations down.
+    The unit is timed without the profiler, which slows a library of many small operations down. The share in
+    which no operation of a compiled program ran is of the traced unit.
     """
-    heads = ["case", "size", "column", "s a unit", "matrix products", "everything else"]
+    heads = [
+        *("case", "size", "column", "s a unit", "matrix products", "everything else"),
+        "between programs",
+    ]
     lines = [_row(heads), "|" + "---|" * len(heads)]
     for case in cases:
         for column in COLUMNS:
@@ -132,5 +136,7 @@ def where_table(
                 unit = median(found[case.key][column])
                 products = statistics.median(kinds["matrix products"] for kinds in rounds)
                 cells = [f"{x:.3g}" for x in (unit, products, unit - products)]
+                idle = [k["between programs"] / k["all"] for k in rounds if "between programs" in k]
+                cells.append(f"{statistics.median(idle):.1%}" if idle else "-")
                 lines.append(_row([case.name, case.size, HEADS[column], *cells]))
     return "\n".join(lines)
