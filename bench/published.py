@@ -45,7 +45,7 @@ from instructax.runtime.mesh import make_mesh
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    model: ModelConfig
+    shape: ModelConfig
     topology: str
     rows: int
     """Of a chip."""
@@ -60,11 +60,31 @@ class Row:
 LLAMA2_70B = llama(80, 8192, 64, 28672, 32000, 4096, num_kv_heads=8)
 LLAMA3_8B = llama(32, 4096, 32, 14336, 128256, 8192, num_kv_heads=8, rope_theta=500000.0)
 LLAMA3_70B = llama(80, 8192, 64, 28672, 128256, 8192, num_kv_heads=8, rope_theta=500000.0)
+
+
+def _scaled(layers: int, width: int, heads: int, hidden: int) -> ModelConfig:
+    """What `global_parameter_scale` makes of MaxText's base model (configs/base.yml): heads of 128, 32,000 words."""
+    return dataclasses.replace(llama(layers, width, heads, hidden, 32000, 2048), d_head=128)
+
+
+def _tokens(shape: ModelConfig, tflops: float) -> float:
+    """Tokens a second and chip of a figure in TFLOP/s: 6 a parameter of a product, 12 LHCT for attention."""
+    attention = shape.num_heads * shape.head_width
+    kernels = shape.num_layers * shape.d_model * (4 * attention + 3 * shape.mlp_width)
+    kernels += shape.d_model * shape.vocab_size
+    return tflops * 1e12 / (6 * kernels + 12 * shape.num_layers * attention * shape.context_length)
+
+
+S16, S32 = _scaled(32, 4096, 64, 28672), _scaled(32, 8192, 64, 28672)
+S64 = _scaled(64, 8192, 64, 28672)
 ROWS = {
     "llama2-70b-v5p": Row(LLAMA2_70B, "v5p:8x8x8", 4, 4096, "wide", 692, 65.4),
     "llama2-70b-v6e": Row(LLAMA2_70B, "v6e:16x16", 4, 4096, "block", 900, 43.8),
     "llama3.1-8b-v6e": Row(LLAMA3_8B, "v6e:16x16", 4, 8192, "offload", 7207, 45.46),
     "llama3.1-70b-v6e": Row(LLAMA3_70B, "v6e:16x16", 4, 8192, "offload", 960, 50.33),
+    "16b-v5e": Row(S16, "v5e:16x16", 6, 2048, "block", _tokens(S16, 120.4), 61.10),
+    "32b-v5e": Row(S32, "v5e:16x16", 4, 2048, "block", _tokens(S32, 131.7), 66.86),
+    "64b-v5e": Row(S64, "v5e:16x16", 2, 2048, "block", _tokens(S64, 118.0), 59.90),
 }
 
 
@@ -73,7 +93,7 @@ def estimated(row: Row) -> tuple[float, float, float]:
     found = devices(row.topology)
     config = Config(
         model=dataclasses.replace(
-            row.model, compute_dtype="bfloat16", vocab_multiple=1024, remat=row.remat
+            row.shape, compute_dtype="bfloat16", vocab_multiple=1024, remat=row.remat
         ),
         mesh=MeshConfig(data=1, fsdp=-1, model=1),
         pretrain=PretrainConfig(
