@@ -60,3 +60,30 @@ def seconds(case: Case, flop_rate: float, bandwidth: float) -> float:
     if case.work.kind != "generate":
         return at_rate
     return max(at_rate, decoded_bytes(case) / bandwidth)
+
+
+def other_ways(case: Case) -> dict[str, float]:
+    """What a peer's ways of doing the same work cost, in multiples of the least floating-point operations."""
+    w, m = case.work, model_config(case.shape)
+    if w.kind == "reward":
+        sequences = 3 * w.rows * w.ways * _forward(m, 0, w.prompt + w.response, 0.0)
+        in_multiples = sequences / flops(case)
+        return {"K sequences": in_multiples, "pairs": (w.ways - 1) * in_multiples}
+    if w.kind == "generate" and w.mean:
+        lengths = cases.lengths(case).tolist()
+        longest = [max(lengths[i : i + w.slots]) for i in range(0, w.rows, w.slots)]
+        prompts = w.rows * _forward(m, 0, w.prompt, 0.0)
+        responses = w.slots * sum(_forward(m, w.prompt, tokens, tokens) for tokens in longest)
+        return {"batches until the longest ends": (prompts + responses) / flops(case)}
+    return {}
+
+
+def main() -> None:
+    for case in cases.cpu_cases():
+        if case.form in ("", "shared"):
+            for way, multiple in other_ways(case).items():
+                print(f"{case.name}, {case.size}: {way} take {multiple:.2f} times the least FLOPs")
+
+
+if __name__ == "__main__":
+    main()

@@ -215,6 +215,18 @@ def test_a_shared_prompt_is_counted_once():
     assert math.isclose(nine - prompt, 9 * (one - prompt))
 
 
+def test_other_ways_cost_what_they_repeat():
+    """Without a prompt nothing is shared; pairs take each response K - 1 times; equal lengths wait for nobody."""
+    alone = cases.Case("r", "", cases.SMALL, cases.Work("reward", 1, 0, 64, ways=9), ())
+    assert roofline.other_ways(alone) == pytest.approx({"K sequences": 1.0, "pairs": 8.0})
+    assert roofline.other_ways(case("generate/small")) == {}
+    mixed = case("generate, mixed lengths/small")
+    by_hand = cases.lengths(mixed).reshape(-1, mixed.work.slots).max(axis=1, keepdims=True)
+    waited = by_hand.repeat(mixed.work.slots) / cases.lengths(mixed).mean()
+    (found,) = roofline.other_ways(mixed).values()
+    assert 1.0 < found < waited.mean()  # both sides read the prompts, once
+
+
 def test_decoding_is_bound_by_what_is_slower():
     c = case("generate/small")
     assert roofline.seconds(c, 1.0, 1e30) == roofline.flops(c)
