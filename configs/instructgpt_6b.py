@@ -13,7 +13,8 @@ Planned for 16 v5p chips, never run (docs/plan.md):
   score 4, update 40; MFU of the update 39%).
 - 3.03 PF/s-days of the model's FLOPs.
 - SFT (`--only sft/step`): 635 ms a step, 61% MFU, 49.3 GiB.
-- The 6B reward model (`--only reward/step`): 1.46 s for 64 rankings of 9 in rows of 2,048, 50% MFU, 20.3 GiB. Evaluation: not planned.
+- The 6B reward model (`--only reward/step`): 1.46 s for 64 rankings of 9 in rows of 2,048, 50% MFU, 20.3 GiB.
+- Evaluation (`--only evaluate`): 64 prompts are sampled in 4.0 s and scored in .3 s; 14.6 GiB.
 """
 
 import runpy
