@@ -69,7 +69,7 @@ class ModelConfig:
     band_width: int = 256
     """Positions a banded layer looks back, itself included. Not stated by GPT-3: a field."""
     dropout: float = 0.0
-    """Residual dropout; used only where a step passes a dropout key (SFT), never in PPO (trap T7)."""
+    """Residual dropout, in steps of 1/65,536; used only where a step passes a dropout key (SFT), never in PPO (trap T7)."""
     init_std: float = 0.02
     """Standard deviation of all kernels and embeddings (GPT-2); position embeddings take half of it."""
     scale_residual_init: bool = True
