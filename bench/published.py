@@ -6,8 +6,9 @@ Each row is a dense Llama trained by MaxText in bfloat16 with float32 parameters
 chips (fsdp), as https://maxtext.readthedocs.io/en/maxtext-v0.2.0/reference/models/tiering.html lists it. Rows a chip and what is
 computed again are those of its recipes (MaxText/configs/v5p/llama2_70b.sh; benchmarks/maxtext_trillium_model_configs.py and
 tpu-recipes/training/trillium). FLAGS are of those recipes what bears on an estimate (asynchronous gathers, fast memory) with products kept
-whole; LIBTPU_INIT_ARGS, where set, stands in their place. What is compared is tokens a second and chip:
-utilisation counts attention's FLOPs in two ways (the same page says so), tokens in one. "Off by" is the difference in points of
+whole; LIBTPU_INIT_ARGS, where set, stands in their place (less fast memory takes the compiler less time). What is compared is tokens a second and chip:
+utilisation counts attention's FLOPs in two ways (the same page says so), tokens in one. Rows of v5e are of MaxText's README of 2024 and its
+configs/v5e/*.sh; it gives TFLOP/s, of which tokens are computed. "Off by" is the difference in points of
 utilisation: published utilisation times (estimated / published tokens - 1).
 """
 

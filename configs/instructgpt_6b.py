@@ -12,7 +12,7 @@ Planned for 16 v5p chips, never run (docs/plan.md):
 - On 32 v6e, `--topology v6e:4x8 --mesh.data 1`: 24.4 of 31.25 GiB, sampling 25.5, scoring 15.1; an iteration 56 s (prefill 1, decode 12,
   score 4, update 40; MFU of the update 39%).
 - 3.03 PF/s-days of the model's FLOPs.
-- SFT (`--only sft/step`): 635 ms a step, 61% MFU, 49.3 GiB.
+- SFT (`--only sft/step`): 649 ms a step, 59% MFU, 49.2 GiB.
 - The 6B reward model (`--only reward/step`): 1.46 s for 64 rankings of 9 in rows of 2,048, 50% MFU, 20.3 GiB.
 - Evaluation (`--only evaluate`): 64 prompts are sampled in 4.0 s and scored in .3 s; 14.6 GiB.
 """
