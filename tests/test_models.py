@@ -292,7 +292,7 @@ def test_dropout_acts_only_where_a_key_is_given():
 
 @pytest.mark.laws
 @pytest.mark.parametrize("rate", [0.1, 0.2, 0.75])
-def test_dropout_keeps_the_mean_and_draws_every_element_for_itself(rate):
+def test_dropout_drops_its_share_and_draws_every_element_for_itself(rate):
     x = jnp.full((512, 255), 3.0)
     masks = keep_masks(jax.random.key(0), x.shape, rate)
     kept, other = (np.asarray(dropout(x, mask, rate)) != 0.0 for mask in masks)
@@ -313,6 +313,7 @@ def test_what_dropout_keeps_is_scaled_by_what_its_masks_drop(rate):
     below = round(rate * 2**16)
     np.testing.assert_allclose(x, [2**16 / (2**16 - below), 0.0], rtol=1e-6)
     assert abs(below / 2**16 - rate) <= 2**-17
+    np.testing.assert_allclose(1 / x[0], 1 - rate, rtol=1e-6, atol=2**-17)
 
 
 def test_scalar_head_starts_as_the_paper_says_and_shifts():
