@@ -25,6 +25,7 @@ from instructax.config import (
     Config,
     DataConfig,
     MeshConfig,
+    ModelConfig,
     OptimizerConfig,
     PpoConfig,
     RewardConfig,
@@ -38,13 +39,15 @@ from instructax.stages.sampling import Sampler
 from instructax.steps.optimizer import make_optimizer
 from instructax.steps.reward import reward_step
 from instructax.steps.sft import lm_step
-from instructax.steps.state import PpoState, create
+from instructax.steps.state import PpoState, by_network, create
 
 ONE = (1, 1, 1)
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8))
 MODEL = dataclasses.replace(
     tiny.MODEL, num_layers=1, d_model=32, num_heads=8, d_ff=64, context_length=40
 )
+# Reward model and value network are shared out over data as well.
+SCALAR = dataclasses.replace(MODEL, shard_over="data+fsdp")
 # A large eps: where a gradient is 0 but for rounding, as of a bias that every score shares, Adam
 # would make whole steps of the rounding, and no two meshes round alike.
 RATE = OptimizerConfig(learning_rate=1e-2, eps=1e-3, schedule="constant", max_grad_norm=0.5)
@@ -53,7 +56,7 @@ UPDATES = 2
 CONFIG = Config(
     model=MODEL,
     data=DataConfig(max_prompt_tokens=PROMPT),
-    reward=RewardConfig(batch_size=8, row_length=32, max_responses=3, optimizer=RATE),
+    reward=RewardConfig(model=SCALAR, batch_size=8, row_length=32, max_responses=3, optimizer=RATE),
     ppo=PpoConfig(
         kl_coef=0.1,
         ptx_coef=0.7,
@@ -121,7 +124,7 @@ def sft(run: Run) -> dict[str, Any]:
     weight = text.weight_BxL * (np.random.default_rng(1).random((8, 12)) < 0.6)
     batch = mesh.put_batch(run.mesh, LmBatch(jax.device_get(text.layout), weight.astype("f4")))
     step = functools.partial(lm_step, model_config=config, optimizer=make_optimizer(RATE, 10))
-    return stepped(run, "lm", step, batch)
+    return stepped(run, config, "lm", step, batch)
 
 
 def rewards(run: Run) -> dict[str, Any]:
@@ -142,18 +145,18 @@ def rewards(run: Run) -> dict[str, Any]:
         rows=reward._rows(run, examples, 8), row_multiple=mesh.shards(run.mesh),
     )  # fmt: skip
     batch = mesh.put_batch(run.mesh, next(iter(stream.in_order())))
-    step = functools.partial(reward_step, model_config=MODEL, optimizer=make_optimizer(RATE, 10))
-    return stepped(run, "scalar", step, batch)
+    step = functools.partial(reward_step, model_config=SCALAR, optimizer=make_optimizer(RATE, 10))
+    return stepped(run, SCALAR, "scalar", step, batch)
 
 
-def stepped(run: Run, head: str, step, batch) -> dict[str, Any]:
+def stepped(run: Run, config: ModelConfig, head: str, step, batch) -> dict[str, Any]:
     """What two steps make of metrics, parameters and optimizer; its moments are the gradients."""
     key = run.key("dropout") if head == "lm" else None
 
     def fresh():
-        return create(model.init(jax.random.key(3), MODEL, head), make_optimizer(RATE, 10))
+        return create(model.init(jax.random.key(3), config, head), make_optimizer(RATE, 10))
 
-    state = mesh.init_sharded(run.mesh, fresh)
+    state = mesh.init_sharded(run.mesh, fresh, over=config.shard_over)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     jitted = jax.jit(lambda s, b: step(s, b, key), out_shardings=(shardings, None))
     state, first = jitted(state, batch)
@@ -169,7 +172,7 @@ def texts(run: Run) -> dict[str, Any]:
         mesh.init_sharded(run.mesh, lambda k=k: model.init(jax.random.key(k), MODEL, "lm"))
         for k in (3, 4)
     )
-    scalar = mesh.init_sharded(run.mesh, lambda: model.init(jax.random.key(5), MODEL, "scalar"))
+    scalar = reward_model(run)
     samples = sampler.sample(policy, jax.random.key(9), reward=scalar, reference=reference)
     assert [s.prompt for s in samples] == list(range(11))
     return {
@@ -177,6 +180,12 @@ def texts(run: Run) -> dict[str, Any]:
         "score": np.asarray([s.score for s in samples]),
         "kl": np.asarray([s.kl for s in samples]),
     }
+
+
+def reward_model(run: Run) -> Any:
+    return mesh.init_sharded(
+        run.mesh, lambda: model.init(jax.random.key(5), SCALAR, "scalar"), over=SCALAR.shard_over
+    )
 
 
 class Ppo:
@@ -188,7 +197,7 @@ class Ppo:
         self._reference = mesh.init_sharded(
             run.mesh, lambda: model.init(jax.random.key(3), MODEL, "lm")
         )
-        reward = mesh.init_sharded(run.mesh, lambda: model.init(jax.random.key(5), MODEL, "scalar"))
+        reward = reward_model(run)
 
         def fresh(policy, value) -> PpoState:
             return PpoState(
@@ -199,7 +208,8 @@ class Ppo:
                 jax.numpy.int32(0),
             )
 
-        self.abstract = mesh.abstract_sharded(run.mesh, fresh, self._reference, reward)
+        over = by_network(MODEL.shard_over, SCALAR.shard_over)
+        self.abstract = mesh.abstract_sharded(run.mesh, fresh, self._reference, reward, over=over)
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
         # Not the reference itself: from there the log-ratios would all be 0.
         policy = jax.jit(lambda p: jax.tree.map(lambda x: x * 1.1, p))(self._reference)

@@ -56,9 +56,13 @@ def decoded(params, config, token, mask):
     return jnp.stack(found), copy["blocks"][0]["mlp"]["up"]["kernel"], cache.key[0].data
 
 plain = dataclasses.replace(tiny.MODEL, num_heads=4)
+spread = dataclasses.replace(plain, shard_over="data+fsdp")
 CASES = {
     "few": {grouped: ((1, 2, 2),)},
-    "many": {grouped: ((1, 4, 1), (2, 2, 1), (2, 1, 2)), plain: ((1, 4, 1), (1, 2, 2), (1, 1, 4))},
+    "many": {
+        grouped: ((1, 4, 1), (2, 2, 1), (2, 1, 2)), plain: ((1, 4, 1), (1, 2, 2), (1, 1, 4)),
+        spread: ((2, 2, 1), (4, 1, 1)),
+    },
 }
 for config, shapes in CASES[sys.argv[1]].items():
     init = lambda: model.init(jax.random.key(0), config, "lm")
@@ -68,7 +72,7 @@ for config, shapes in CASES[sys.argv[1]].items():
         made = mesh.make_mesh(MeshConfig(*shape))
         with jax.set_mesh(made):
             placed = mesh.put_batch(made, (np.asarray(token), np.asarray(mask)))
-            found, kernel, key = run(mesh.init_sharded(made, init), config, *placed)
+            found, kernel, key = run(mesh.init_sharded(made, init, over=config.shard_over), config, *placed)
             rows = 4 // (shape[0] * shape[1])
             np.testing.assert_allclose(found, expected, atol=2e-5, err_msg=str(shape))
             assert key.sharding.shard_shape(key.shape)[0] == rows, (shape, key.sharding)

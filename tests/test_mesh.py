@@ -105,6 +105,22 @@ def test_init_sharded_equals_init():
     )
 
 
+def test_networks_of_one_state_may_lie_on_different_axes():
+    abstract = jax.eval_shape(init, jax.random.key(0))
+    scalar = jax.ShapeDtypeStruct((), np.float32)
+    ppo = state.PpoState(abstract, abstract, abstract.params, scalar, scalar)
+    made = jax.sharding.AbstractMesh((2, 4, 1), ("data", "fsdp", "model"))
+    placed = mesh.shardings(made, ppo, state.by_network("fsdp", "data+fsdp"))
+    parts = jax.tree.map(lambda s: s.shard_shape((16, 8))[0], {
+        "policy": placed.policy.params, "ema": placed.ema, "value": placed.value.params,
+        "moments": placed.value.opt_state[0].mu,
+    })  # fmt: skip
+    found = {name: tree["embed"]["token"] for name, tree in parts.items()}
+    assert found == {"policy": 4, "ema": 4, "value": 2, "moments": 2}
+    assert placed.kl_coef.spec == placed.value.step.spec == P()
+    assert mesh.shardings(made, ppo) == mesh.shardings(made, ppo, state.by_network("fsdp", "fsdp"))
+
+
 def test_what_is_parked_comes_back_to_where_it_was():
     made = mesh.make_mesh(MeshConfig(), jax.devices()[:1])
     tree = mesh.init_sharded(made, init, jax.random.key(0)).params

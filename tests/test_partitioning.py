@@ -77,6 +77,21 @@ def test_known_specs():
     assert specs["final_norm"]["scale"] == P(None)
 
 
+def test_parameters_may_be_shared_out_over_data_too():
+    shape = {"data": 2, "fsdp": 2, "model": 2}
+    rules = partitioning.PLACEMENTS["data+fsdp"]
+    spread = partitioning.param_specs(abstract(LLAMA, "lm"), shape, rules)
+    assert spread["embed"]["token"] == P(("model", "data", "fsdp"), None)
+    assert spread["blocks"]["attn"]["k"]["kernel"] == P(None, ("data", "fsdp"), "model", None)
+    for axes in rules.values():
+        assert set(axes) <= set(partitioning.MESH_AXES)
+    # Nothing but kernels and vocabulary lies elsewhere.
+    usual = partitioning.param_specs(abstract(LLAMA, "lm"), shape)
+    leaves = (jax.tree.leaves(t, is_leaf=lambda x: isinstance(x, P)) for t in (usual, spread))
+    moved = {path for path, a, b in zip(paths(usual), *leaves, strict=True) if a != b}
+    assert moved == {path for path in paths(usual) if path.endswith(("kernel", "embed/token"))}
+
+
 def test_optimizer_moments_are_sharded_like_their_parameter():
     params = abstract(GPT, "scalar")
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
@@ -134,6 +149,14 @@ def test_what_is_gathered_is_whole_and_its_gradient_in_parts():
         forward, backward = jax.make_jaxpr(lambda x: jax.vjp(read, x)[1](x))(x).eqns[-2:]
     assert forward.params["sharding"].spec == P(None, "model")
     assert backward.params["sharding"].spec == P("fsdp", "model")
+    # Over data alone, where the parameters are.
+    mesh = jax.sharding.AbstractMesh((4, 1, 2), ("data", "fsdp", "model"))
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert partitioning.gathered(x, ("d_model", "mlp"), "d_model") is x
+        read = functools.partial(read, over="data+fsdp")
+        forward, backward = jax.make_jaxpr(lambda x: jax.vjp(read, x)[1](x))(x).eqns[-2:]
+    assert forward.params["sharding"].spec == P(None, "model")
+    assert backward.params["sharding"].spec == P(("data", "fsdp"), "model")
 
 
 def test_an_axis_of_size_one_stays_whole():

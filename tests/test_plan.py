@@ -579,6 +579,12 @@ def test_least_moves_by_hand():
     # Gradients are summed with each part in the compute dtype, or once in float32.
     assert least_moves.train(m, 1.0, mesh(2, 1, 1)) == 2 * 1 / 2 * 2 * (n + words)
     assert least_moves.train(m, 1.0, mesh(2, 1, 1), 5) == 2 * 1 / 2 * 4 * (n + words)
+    # Weights that data shares out as well are gathered by both axes, and no copy's gradients are left to sum.
+    spread = dataclasses.replace(m, shard_over="data+fsdp")
+    assert least_moves.train(spread, 1.0, mesh(2, 2, 1), 5) == least_moves.train(
+        m, 1.0, mesh(1, 4, 1), 5
+    )
+    assert least_moves.forward(spread, 1.0, mesh(4, 1, 1)) == 3 / 4 * 2 * (n + words)
     stream = 2 * (100 / 2) * 8 * 2
     whole = least_moves.train(m, 100.0, mesh(1, 2, 4))
     assert whole == 8 * 3 / 4 * stream + 3 * 1 / 2 * 2 * (n + words) / 4

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Remat = Literal["none", "wide", "block", "offload"]
+ShardOver = Literal["fsdp", "data+fsdp"]
 
 
 class UserError(Exception):
@@ -82,6 +83,9 @@ class ModelConfig:
     scan_unroll: int = 1
     """Periods of the layer pattern in one step of the scan over layers. All of them is faster where layers are small
     (on CPU a step of a scan stores and fetches what the backward pass needs), and longer to compile."""
+    shard_over: ShardOver = "fsdp"
+    """Mesh axes that share out parameters and optimizer state, beside model. With data too a large reward.model, which is
+    the value network's as well, needs no more fsdp than a small policy does."""
 
     @property
     def head_width(self) -> int:
@@ -98,6 +102,10 @@ class ModelConfig:
     @property
     def padded_vocab_size(self) -> int:
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+AS_RUN = ("remat", "scan_unroll", "shard_over")
+"""Fields of ModelConfig that say how it is computed, not what."""
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,15 @@ import difflib
 from collections.abc import Iterator
 
 from instructax.config import (
+    AS_RUN,
     Config,
     EvaluateConfig,
+    MeshConfig,
     ModelConfig,
     OptimizerConfig,
     PpoConfig,
     SampleConfig,
+    replace,
 )
 
 Problem = tuple[str, object, str, str]
@@ -226,7 +229,8 @@ def model_fit_rules(config: Config, verb: str | None) -> Iterator[Problem]:
             f"is not model.vocab_size = {model.vocab_size}: policy and reward model share a tokenizer",
             "give both the same",
         )
-    if "reward" in sections and other not in (None, model) and not config.reward.init_from:
+    alike = other is None or replace(other, **{f: getattr(model, f) for f in AS_RUN}) == model
+    if "reward" in sections and not alike and not config.reward.init_from:
         yield (
             "reward.init_from",
             "",
@@ -277,6 +281,27 @@ def model_fit_rules(config: Config, verb: str | None) -> Iterator[Problem]:
                 )
 
 
+def _splits(mesh: MeshConfig, model: ModelConfig, name: str) -> Iterator[Problem]:
+    """What instructax.partitioning splits of a network, and by how much; an inferred axis counts as 1 here."""
+    tensor, shares, last = max(mesh.model, 1), max(mesh.fsdp, 1), "fsdp"
+    if model.shard_over == "data+fsdp" and mesh.data > 1:
+        shares, last = shares * mesh.data, "data"
+    for axis, parts, field, size in (
+        ("model", tensor, "num_heads", model.num_heads),
+        ("model", tensor, "kv_heads", model.kv_heads),
+        ("model", tensor, "mlp_width", model.mlp_width),
+        (last, shares, "d_model", model.d_model),
+        ("model", tensor * shares, "padded_vocab_size", model.padded_vocab_size),
+    ):
+        if size > 1 and size % parts:
+            yield (
+                f"mesh.{axis}",
+                getattr(mesh, axis),
+                f"does not split {name}'s {field} = {size} into {parts}",
+                "use a divisor, or change the model",
+            )
+
+
 def mesh_rules(config: Config, verb: str | None) -> Iterator[Problem]:
     mesh, model = config.mesh, config.model
     axes = {"data": mesh.data, "fsdp": mesh.fsdp, "model": mesh.model}
@@ -291,22 +316,10 @@ def mesh_rules(config: Config, verb: str | None) -> Iterator[Problem]:
             f"and mesh.{inferred[0]} cannot both be inferred",
             "give all axes but one",
         )
-    # What instructax.partitioning.RULES splits, and by how much; an inferred axis counts as 1 here.
-    tensor, fully = max(mesh.model, 1), max(mesh.fsdp, 1)
-    for axis, parts, field, size in (
-        ("model", tensor, "num_heads", model.num_heads),
-        ("model", tensor, "kv_heads", model.kv_heads),
-        ("model", tensor, "mlp_width", model.mlp_width),
-        ("fsdp", fully, "d_model", model.d_model),
-        ("model", tensor * fully, "padded_vocab_size", model.padded_vocab_size),
-    ):
-        if size > 1 and size % parts:
-            yield (
-                f"mesh.{axis}",
-                axes[axis],
-                f"does not split the model's {field} = {size} into {parts}",
-                "use a divisor, or change the model",
-            )
+    yield from _splits(mesh, model, "the model")
+    other = config.reward.model
+    if uses(verb) & {"reward", "ppo", "evaluate"} and other is not None:
+        yield from _splits(mesh, other, "the reward model")
     shards = mesh.data * mesh.fsdp
     if inferred and inferred != ["model"]:
         return

@@ -18,6 +18,8 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
+from instructax.config import ShardOver
+
 MESH_AXES = ("data", "fsdp", "model")
 BATCH_AXES = ("data", "fsdp")
 
@@ -40,6 +42,12 @@ RULES: dict[str, tuple[str, ...]] = {
     "of_group": (),  # the queries of a key-value head, its key and its value
     "mlp": ("model",),
     "scalar": (),
+}
+
+# Where the parameters of a network lie, by its ModelConfig.shard_over; activations of all lie by RULES.
+PLACEMENTS: dict[ShardOver, dict[str, tuple[str, ...]]] = {
+    "fsdp": RULES,
+    "data+fsdp": RULES | {"vocab": ("model", *BATCH_AXES), "d_model": BATCH_AXES},
 }
 
 # While one token a row is decoded, activations are far smaller than the kernels that they meet. So kernels stay where they
@@ -186,13 +194,13 @@ def batch_spec() -> PartitionSpec:
     return PartitionSpec(BATCH_AXES)
 
 
-def parts(logical_axis: str) -> int:
+def parts(logical_axis: str, over: ShardOver = "fsdp") -> int:
     """Into how many parts the mesh of the enclosing ``jax.set_mesh`` divides an axis; 1 without one.
 
     Inside of :func:`by_batch_shard` a device sees its own rows alone: nothing divides them further.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    left = [axis for axis in RULES[logical_axis] if axis not in mesh.manual_axes]
+    left = [axis for axis in PLACEMENTS[over][logical_axis] if axis not in mesh.manual_axes]
     return math.prod(dict(mesh.shape).get(axis, 1) for axis in left)
 
 
@@ -240,24 +248,31 @@ def _stream_axes(x_BxLxD: jax.Array) -> tuple[str | None, ...]:
     return "batch", "length" if divides else None, None
 
 
-def gathered(x: jax.Array, logical_axes: tuple[str | None, ...], whole: str) -> jax.Array:
+def gathered(
+    x: jax.Array, logical_axes: tuple[str | None, ...], whole: str, over: ShardOver = "fsdp"
+) -> jax.Array:
     """``x``, which lies as its logical axes say, whole along ``whole``; its gradient lies as ``x`` does.
 
     The partitioner would gather for each product that reads ``x``, and for their gradients again. So all
     of them read one array, and a gradient is summed into parts. A backward pass keeps what is whole, unless
     ``jax.checkpoint`` tells it not to.
     """
-    return _gathered(x, logical_axes, whole) if parts(whole) > 1 else x
+    return _gathered(x, logical_axes, whole, over) if parts(whole, over) > 1 else x
 
 
-def _whole(x: jax.Array, logical_axes: tuple[str | None, ...], whole: str) -> jax.Array:
-    return constrain(x, *(None if axis == whole else axis for axis in logical_axes))
+def _whole(
+    x: jax.Array, logical_axes: tuple[str | None, ...], whole: str, over: ShardOver
+) -> jax.Array:
+    kept = (None if axis == whole else axis for axis in logical_axes)
+    return constrain(x, *kept, rules=PLACEMENTS[over])
 
 
-_gathered = jax.custom_vjp(_whole, nondiff_argnums=(1, 2))
+_gathered = jax.custom_vjp(_whole, nondiff_argnums=(1, 2, 3))
 _gathered.defvjp(
-    lambda x, logical_axes, whole: (_whole(x, logical_axes, whole), None),
-    lambda logical_axes, whole, _, gradient: (constrain(gradient, *logical_axes),),
+    lambda x, logical_axes, whole, over: (_whole(x, logical_axes, whole, over), None),
+    lambda logical_axes, whole, over, _, gradient: (
+        constrain(gradient, *logical_axes, rules=PLACEMENTS[over]),
+    ),
 )
 
 

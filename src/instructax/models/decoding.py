@@ -17,6 +17,7 @@ import jax
 from instructax.config import ModelConfig
 from instructax.partitioning import (
     DECODING,
+    PLACEMENTS,
     block_axes,
     constrain,
     decoding_rules,
@@ -34,10 +35,9 @@ def _rules(c: ModelConfig) -> Mapping[str, tuple[str, ...]]:
 
 def placed(params: Params, config: ModelConfig) -> Params:
     """The training layout in that of decoding."""
-    rules = _rules(config)
-    if rules is not DECODING:
+    rules, shape = _rules(config), dict(jax.sharding.get_abstract_mesh().shape)
+    if not shape or rules is PLACEMENTS[config.shard_over]:
         return params
-    shape = dict(jax.sharding.get_abstract_mesh().shape)
     return jax.lax.with_sharding_constraint(params, param_specs(params, shape, rules))
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from instructax.config import ModelConfig
+from instructax.config import ModelConfig, ShardOver
 from instructax.models import decoding
 from instructax.partitioning import (
     block_axes,
@@ -115,24 +115,28 @@ def _product(x: Array, kernel: Array, contract: int, first: int = 0) -> Array:
     return jax.lax.dot_general(x, kernel, ((of_x, of_kernel), ((), ())))
 
 
-def _product_of_parts(x: Array, kernel: Array, contract: int, axes: tuple[str, ...]) -> Array:
+def _product_of_parts(
+    x: Array, kernel: Array, contract: int, axes: tuple[str, ...], over: ShardOver
+) -> Array:
     """The same where both lie in parts: the stream by slots, the kernel by d_model, which are whole for it."""
     if axes[0] == "d_model":
-        return _product(gather_stream(x), gathered(kernel, axes, "d_model"), contract)
+        return _product(gather_stream(x), gathered(kernel, axes, "d_model", over), contract)
     # A TPU's compiler does not sum into parts along a last axis: with d_model behind, a gradient would be summed whole.
-    kernel = gathered(jnp.moveaxis(kernel, -1, 0), (axes[-1], *axes[:-1]), "d_model")
+    kernel = gathered(jnp.moveaxis(kernel, -1, 0), (axes[-1], *axes[:-1]), "d_model", over)
     return _product(x, kernel, contract, first=1)
 
 
 class Linear(nn.Module):
     """x . kernel + bias over the last ``contract`` axes; parameters float32, product in x's dtype.
 
-    What fsdp divides of a kernel travels to the rows, unless it is ``stationary``: then the rows travel (``decoding.py``).
+    What the axes of ``over`` divide of a kernel travels to the rows, unless it is ``stationary``: then the rows
+    travel (``decoding.py``).
     """
 
     features: tuple[int, ...]
     std: float
     use_bias: bool
+    over: ShardOver = "fsdp"
     contract: int = 1
     stationary: bool = False
 
@@ -141,9 +145,11 @@ class Linear(nn.Module):
         inputs = x.shape[x.ndim - self.contract :]
         kernel = self.param("kernel", nn.initializers.normal(self.std), inputs + self.features)
         product: Callable[..., Array] = functools.partial(_product, contract=self.contract)
-        if parts("d_model") * parts("length") > 1 and not self.stationary:
+        if parts("d_model", self.over) * parts("length") > 1 and not self.stationary:
             axes = block_axes("/".join((*self.path, "kernel")))
-            product = functools.partial(_product_of_parts, contract=self.contract, axes=axes)
+            product = functools.partial(
+                _product_of_parts, contract=self.contract, axes=axes, over=self.over
+            )
             # What is gathered for it is gathered again for its gradients, not kept.
             product = jax.checkpoint(product, prevent_cse=False)
         y = product(x, kernel.astype(x.dtype))
@@ -189,7 +195,9 @@ class Attention(nn.Module):
     def __call__(self, x: Array, position_BxL: Array, attend: Attend) -> tuple[Array, Any]:
         c = self.config
         heads, groups, width = c.num_heads, c.kv_heads, c.head_width
-        linear = functools.partial(Linear, use_bias=c.use_bias, stationary=self.decoding)
+        linear = functools.partial(
+            Linear, use_bias=c.use_bias, over=c.shard_over, stationary=self.decoding
+        )
         if self.decoding:
             x = decoding.to_kernels(x, c)
             qkv = linear((groups, (heads // groups + 2) * width), c.init_std, name="qkv")(x)
@@ -222,7 +230,9 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         c = self.config
-        linear = functools.partial(Linear, use_bias=c.use_bias, stationary=self.decoding)
+        linear = functools.partial(
+            Linear, use_bias=c.use_bias, over=c.shard_over, stationary=self.decoding
+        )
         if self.decoding:
             x = decoding.to_kernels(x, c)
         hidden = linear((c.mlp_width,), c.init_std, name="up")(x)

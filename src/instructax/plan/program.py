@@ -91,11 +91,15 @@ class Shapes:
         return jax.eval_shape(lambda: jax.random.key(0))
 
     def params(self, m: ModelConfig, head: str) -> Any:
-        return mesh_lib.abstract_sharded(self.mesh, lambda: model.init(jax.random.key(0), m, head))
+        return mesh_lib.abstract_sharded(
+            self.mesh, lambda: model.init(jax.random.key(0), m, head), over=m.shard_over
+        )
 
     def state(self, m: ModelConfig, head: str, optimizer: Any) -> TrainState:
         return mesh_lib.abstract_sharded(
-            self.mesh, lambda: create(model.init(jax.random.key(0), m, head), optimizer)
+            self.mesh,
+            lambda: create(model.init(jax.random.key(0), m, head), optimizer),
+            over=m.shard_over,
         )
 
 

@@ -12,7 +12,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from instructax import partitioning
-from instructax.config import MeshConfig, UserError
+from instructax.config import MeshConfig, ShardOver, UserError
 from instructax.runtime.distributed import are_many
 
 
@@ -134,28 +134,37 @@ def to_host(tree: Any) -> Any:
     return jax.device_get(jax.tree.map(whole, tree))
 
 
-def shardings(mesh: Mesh, abstract: Any) -> Any:
-    """A tree of NamedShardings for parameters or a state that holds copies of them."""
-    specs = partitioning.param_specs(abstract, dict(mesh.shape))
+def shardings(mesh: Mesh, abstract: Any, over: Any = "fsdp") -> Any:
+    """A tree of NamedShardings for parameters or a state that holds copies of them.
+
+    ``over`` is a network's ``ModelConfig.shard_over``; of a state of several networks, a tree of these that its own begins with.
+    """
+
+    def of_network(name: ShardOver, tree: Any) -> Any:
+        return partitioning.param_specs(tree, dict(mesh.shape), partitioning.PLACEMENTS[name])
+
+    specs = jax.tree.map(of_network, over, abstract)
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
-def abstract_sharded(mesh: Mesh, init_fn: Callable[..., Any], *args: Any) -> Any:
-    """The ShapeDtypeStructs, with shardings, of what ``init_fn`` returns: what a restore needs."""
+def abstract_sharded(
+    mesh: Mesh, init_fn: Callable[..., Any], *args: Any, over: Any = "fsdp"
+) -> Any:
+    """The ShapeDtypeStructs, with shardings, of what ``init_fn`` returns: what a restore needs. ``over``: :func:`shardings`."""
     with jax.set_mesh(mesh):
         abstract = jax.eval_shape(init_fn, *args)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract,
-        shardings(mesh, abstract),
+        shardings(mesh, abstract, over),
     )
 
 
-def init_sharded(mesh: Mesh, init_fn: Callable[..., Any], *args: Any) -> Any:
-    """Call ``init_fn`` so that its result is born sharded: no device ever holds all of it."""
+def init_sharded(mesh: Mesh, init_fn: Callable[..., Any], *args: Any, over: Any = "fsdp") -> Any:
+    """Call ``init_fn`` so that its result is born sharded: no device ever holds all of it. ``over``: :func:`shardings`."""
     with jax.set_mesh(mesh):
         abstract = jax.eval_shape(init_fn, *args)
-        return jax.jit(init_fn, out_shardings=shardings(mesh, abstract))(*args)
+        return jax.jit(init_fn, out_shardings=shardings(mesh, abstract, over))(*args)
 
 
 def parked(field: str, tree: Any) -> Callable[[], Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from instructax.config import Config, ModelConfig, UserError
+from instructax.config import AS_RUN, Config, ModelConfig, UserError
 from instructax.data.tokenizer import Tokenizer
 from instructax.interop import safetensors_io
 from instructax.models import functional as model
@@ -99,9 +99,10 @@ def checkpoint_meta(run: Run, model_config: ModelConfig, head: str, **more: Any)
 
 
 def abstract_params(run: Run, model_config: ModelConfig, head: str) -> Params:
-    return mesh.abstract_sharded(
-        run.mesh, lambda: model.init(jax.random.key(0), model_config, head)
-    )
+    def init() -> Params:
+        return model.init(jax.random.key(0), model_config, head)
+
+    return mesh.abstract_sharded(run.mesh, init, over=model_config.shard_over)
 
 
 def load_params(
@@ -149,7 +150,7 @@ def _source(run_folder: Path, source: str, tokenizer: str, head: str) -> tuple[s
 
 # Fields in which weights may differ from the model that takes them up: nothing computed depends on them.
 _NOT_OF_WEIGHTS = frozenset(
-    ("dropout", "remat", "compute_dtype", "vocab_multiple", "init_std", "scale_residual_init")
+    (*AS_RUN, "dropout", "compute_dtype", "vocab_multiple", "init_std", "scale_residual_init")
 )
 
 

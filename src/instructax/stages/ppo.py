@@ -33,7 +33,7 @@ from instructax.stages.pretrain import held_out_nll
 from instructax.stages.sampling import Sampler
 from instructax.steps import ppo as ppo_steps
 from instructax.steps.optimizer import make_optimizer
-from instructax.steps.state import PpoState, TrainState, create
+from instructax.steps.state import PpoState, TrainState, by_network, create
 
 Array = Any
 Params = Any
@@ -78,7 +78,8 @@ def _train(run: Run, arm: str) -> None:
                 iteration=jnp.zeros((), jnp.int32),
             )
 
-        abstract = mesh.abstract_sharded(run.mesh, fresh, reference, reward)
+        over = by_network(config.model.shard_over, run.reward_model.shard_over)
+        abstract = mesh.abstract_sharded(run.mesh, fresh, reference, reward, over=over)
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
         if done:
             state = _restore(saved, done, abstract)

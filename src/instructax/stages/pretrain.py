@@ -74,7 +74,10 @@ def run(config: Config) -> None:
 def _start(run: Run, init_from: str) -> Params:
     if init_from:
         return load_params(run, init_from, run.config.model, "lm")
-    return mesh.init_sharded(run.mesh, lambda: model.init(run.key("init"), run.config.model, "lm"))
+    config = run.config.model
+    return mesh.init_sharded(
+        run.mesh, lambda: model.init(run.key("init"), config, "lm"), over=config.shard_over
+    )
 
 
 def held_out_nll(

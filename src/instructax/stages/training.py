@@ -57,7 +57,7 @@ def train(
         def fresh() -> TrainState:
             return create(model.init(jax.random.key(0), model_config, head), optimizer)
 
-        abstract = mesh.abstract_sharded(run.mesh, fresh)
+        abstract = mesh.abstract_sharded(run.mesh, fresh, over=model_config.shard_over)
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
         done = saved.latest()
         if done is None:

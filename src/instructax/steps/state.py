@@ -34,6 +34,11 @@ class PpoState:
     iteration: Array  # int32
 
 
+def by_network(policy: Any, value: Any) -> PpoState:
+    """One thing for all of the policy and one for all of the value network, in the state's places."""
+    return PpoState(policy=policy, value=value, ema=policy, kl_coef=policy, iteration=policy)
+
+
 def create(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
