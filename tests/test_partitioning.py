@@ -81,8 +81,8 @@ def test_parameters_may_be_shared_out_over_data_too():
     shape = {"data": 2, "fsdp": 2, "model": 2}
     rules = partitioning.PLACEMENTS["data+fsdp"]
     spread = partitioning.param_specs(abstract(LLAMA, "lm"), shape, rules)
-    assert spread["embed"]["token"] == P(("model", "data", "fsdp"), None)
-    assert spread["blocks"]["attn"]["k"]["kernel"] == P(None, ("data", "fsdp"), "model", None)
+    assert spread["embed"]["token"] == P(("model", "fsdp", "data"), None)
+    assert spread["blocks"]["attn"]["k"]["kernel"] == P(None, ("fsdp", "data"), "model", None)
     for axes in rules.values():
         assert set(axes) <= set(partitioning.MESH_AXES)
     # Nothing but kernels and vocabulary lies elsewhere.
@@ -156,7 +156,7 @@ def test_what_is_gathered_is_whole_and_its_gradient_in_parts():
         read = functools.partial(read, over="data+fsdp")
         forward, backward = jax.make_jaxpr(lambda x: jax.vjp(read, x)[1](x))(x).eqns[-2:]
     assert forward.params["sharding"].spec == P(None, "model")
-    assert backward.params["sharding"].spec == P(("data", "fsdp"), "model")
+    assert backward.params["sharding"].spec == P(("fsdp", "data"), "model")
 
 
 def test_an_axis_of_size_one_stays_whole():

@@ -579,6 +579,12 @@ def test_least_moves_by_hand():
     # Gradients are summed with each part in the compute dtype, or once in float32.
     assert least_moves.train(m, 1.0, mesh(2, 1, 1)) == 2 * 1 / 2 * 2 * (n + words)
     assert least_moves.train(m, 1.0, mesh(2, 1, 1), 5) == 2 * 1 / 2 * 4 * (n + words)
+    # And once for each update.
+    twice = least_moves.train(m, 1.0, mesh(2, 1, 1), 10, updates=2)
+    assert twice == 2 * least_moves.train(m, 1.0, mesh(2, 1, 1), 5)
+    assert least_moves.train(m, 1.0, mesh(1, 4, 1), 10, updates=5) == least_moves.train(
+        m, 1.0, mesh(1, 4, 1), 10
+    )
     # Weights that data shares out as well are gathered by both axes, and no copy's gradients are left to sum.
     spread = dataclasses.replace(m, shard_over="data+fsdp")
     assert least_moves.train(spread, 1.0, mesh(2, 2, 1), 5) == least_moves.train(

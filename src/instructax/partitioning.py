@@ -44,10 +44,11 @@ RULES: dict[str, tuple[str, ...]] = {
     "scalar": (),
 }
 
-# Where the parameters of a network lie, by its ModelConfig.shard_over; activations of all lie by RULES.
+# Where the parameters of a network lie, by its ModelConfig.shard_over; activations of all lie by RULES. data comes last, so
+# that what it divides is a part of what a chip has otherwise.
 PLACEMENTS: dict[ShardOver, dict[str, tuple[str, ...]]] = {
     "fsdp": RULES,
-    "data+fsdp": RULES | {"vocab": ("model", *BATCH_AXES), "d_model": BATCH_AXES},
+    "data+fsdp": RULES | {"vocab": ("model", "fsdp", "data"), "d_model": ("fsdp", "data")},
 }
 
 # While one token a row is decoded, activations are far smaller than the kernels that they meet. So kernels stay where they

@@ -18,6 +18,7 @@ from instructax.config import ModelConfig
 from instructax.partitioning import (
     DECODING,
     PLACEMENTS,
+    RULES,
     block_axes,
     constrain,
     decoding_rules,
@@ -36,9 +37,13 @@ def _rules(c: ModelConfig) -> Mapping[str, tuple[str, ...]]:
 def placed(params: Params, config: ModelConfig) -> Params:
     """The training layout in that of decoding."""
     rules, shape = _rules(config), dict(jax.sharding.get_abstract_mesh().shape)
-    if not shape or rules is PLACEMENTS[config.shard_over]:
-        return params
-    return jax.lax.with_sharding_constraint(params, param_specs(params, shape, rules))
+    lies: Mapping[str, tuple[str, ...]] = PLACEMENTS[config.shard_over]
+    # Along data first: the partitioner does not know how to take both steps at once.
+    for step in (RULES, rules):
+        if shape and step is not lies:
+            params = jax.lax.with_sharding_constraint(params, param_specs(params, shape, step))
+            lies = step
+    return params
 
 
 def layer(blocks: Params, i: int, config: ModelConfig) -> Params:

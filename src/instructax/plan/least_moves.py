@@ -3,7 +3,7 @@
 ``fsdp`` shares out the weights of a part of a batch twice, forward and going back, and sums their
 gradients once, in the compute dtype (Rajbhandari et al. 2020, section 7.2.1, stage 3: 3 times the
 parameters). ``model`` gathers and sums a block's stream twice each way (Korthikanti et al. 2022,
-section 4.2.2). ``data`` sums what is left of the gradients, with each part in the compute dtype or once in float32, unless
+section 4.2.2). ``data`` sums what is left of the gradients, with each part in the compute dtype or once an update in float32, unless
 it shares out the weights as well (``ModelConfig.shard_over``). On a ring of n each sends (n-1)/n of the whole, twice that to
 sum where all keep it. Recomputation does not count.
 """
@@ -26,14 +26,21 @@ def forward(
 
 
 def train(
-    m: ModelConfig, tokens: float, mesh: Mapping[str, int], parts: int = 1, *, scalar: bool = False
+    m: ModelConfig,
+    tokens: float,
+    mesh: Mapping[str, int],
+    parts: int = 1,
+    *,
+    updates: int = 1,
+    scalar: bool = False,
 ) -> float:
-    """The same for an update on them."""
+    """The same for so many updates on them, which have ``parts`` together."""
     copies, shares = _copies_and_shares(m, mesh)
-    width = min(4.0, parts * jnp.dtype(m.compute_dtype).itemsize)
+    width = min(4.0, parts / updates * jnp.dtype(m.compute_dtype).itemsize)
     of_chip = _parameters(m, scalar) / (shares * mesh["model"])
     gradients = 2.0 * (copies - 1) / copies * width * of_chip
-    return 3.0 * parts * _weights(m, mesh, scalar) + 8.0 * _stream(m, tokens, mesh) + gradients
+    weights = 3.0 * parts * _weights(m, mesh, scalar)
+    return weights + 8.0 * _stream(m, tokens, mesh) + updates * gradients
 
 
 def _parameters(m: ModelConfig, scalar: bool) -> float:

@@ -118,13 +118,14 @@ class Reinforcement(Shapes):
         of_policy = model_flops.forward if c.rl_coef == 0.0 else model_flops.train
         flops = of_policy(m, trained, width, unembedded=c.inner_epochs * rows * unembedded)
         flops += model_flops.train(r, trained, width, unembedded=0.0)
-        moves = functools.partial(
-            least_moves.train, mesh=self.mesh.shape, parts=updates * c.grad_accumulation
-        )
-        moved = (0.0 if c.rl_coef == 0.0 else moves(m, trained)) + moves(r, trained, scalar=True)
+        learned = [trained] * (c.rl_coef != 0.0) + [read] * (c.ptx_coef != 0.0)
+        moves = functools.partial(least_moves.train, mesh=self.mesh.shape, updates=updates)
+        parts = updates * c.grad_accumulation
+        moved = moves(r, trained, parts=parts, scalar=True)
+        if learned:
+            moved += moves(m, sum(learned), parts=len(learned) * parts)
         if c.ptx_coef != 0.0:
             flops += model_flops.train(m, read, c.ptx_row_length)
-            moved += moves(m, read)
         elif c.ptx_at_zero == "measure":
             flops += model_flops.forward(m, read, c.ptx_row_length)
         yield Program(
