@@ -6,15 +6,16 @@ Planned for 8 v5p chips, never run (docs/plan.md):
 
     JAX_PLATFORMS=cpu launch/local.sh --flags tpu -- plan --config configs/instructgpt_1b3.py --topology v5p:2x2x2 --only ppo
 
-- Largest program: the update, 44.5 of 95 GiB a chip, in two parts; sampling 43.0, scoring 32.6.
-- PPO, an iteration of 512 episodes at full length: 73 s (prefill 1, decode 8, score 10, update 54); the update at 65% MFU,
-  decoding at 52% of its bandwidth bound.
-- On 16 v6e (`--topology v6e:4x4`): sampling 22.0 of 31.25 GiB, the update 23.2, scoring 16.5; an iteration
+- Largest program: the update, 74.4 of 95 GiB a chip, in two parts; sampling 59.2, scoring 52.5.
+- PPO, an iteration of 512 episodes at full length: 74 s (prefill 1, decode 8, score 10, update 56); the update at 63% MFU,
+  decoding at 56% of its bandwidth bound.
+- As `--mesh.data 1` gradients are summed whole, which moves a third more bytes over more links (docs/plan.md): 44.5 GiB, 73 s.
+- On 16 v6e (`--topology v6e:4x4 --mesh.data 1`): sampling 22.0 of 31.25 GiB, the update 23.2, scoring 16.5; an iteration
   38 s (decode 8, score 4, update 26). On 8 the update needed 31.9 in eight parts, before kernels travelled once a pass.
 - 0.97 PF/s-days of the model's FLOPs.
-- SFT (`--only sft/step`): 292 ms a step, 55% MFU, 8.8 GiB.
-- The 6B reward model (`--only reward/step`): 2.75 s for 64 rankings of 9 in rows of 2,048, 52% MFU, 28.0 GiB.
-- Evaluation (`--only evaluate`): 64 prompts are sampled in 2.4 s and scored in .5 s; 8.0 GiB.
+- SFT (`--only sft/step`): 306 ms a step, 53% MFU, 12.2 GiB; as `--mesh.data 1` 292 ms, 55%, 8.8 GiB.
+- The 6B reward model (`--only reward/step`): 2.82 s for 64 rankings of 9 in rows of 2,048, 51% MFU, 39.6 GiB.
+- Evaluation (`--only evaluate`): 64 prompts are sampled in 2.3 s and scored in .6 s; 12.1 GiB.
 
 Where the paper is silent: reward rows of 2,048 slots (a prompt whose responses need more is left out and counted), bands of 256
 positions in every second layer, lambda .95, value clip .2, no whitening of rewards, no clip of gradients. Weights, tokenizer and data
@@ -34,15 +35,18 @@ from instructax.config import (
     RewardConfig,
     SampleConfig,
     SftConfig,
+    ShardOver,
     TokenizerConfig,
     replace,
 )
 from instructax.models.presets import PRESETS
 
 
-def network(name: str) -> ModelConfig:
+def network(name: str, shard_over: ShardOver) -> ModelConfig:
     """A row of GPT-3's table. The paper computes in float16; bfloat16 needs no scaling of the loss."""
-    return replace(PRESETS[name], compute_dtype="bfloat16", vocab_multiple=1024)
+    return replace(
+        PRESETS[name], compute_dtype="bfloat16", vocab_multiple=1024, shard_over=shard_over
+    )
 
 
 def recipe(
@@ -56,6 +60,7 @@ def recipe(
     policy_rate: float,
     value_rate: float,
     grad_accumulation: int,
+    shard_over: ShardOver = "fsdp",
 ) -> Config:
     """Every setting of the paper; learning rates and (SFT, init) batches differ by size."""
 
@@ -88,7 +93,7 @@ def recipe(
             max_prompt_tokens=1024,
             max_response_tokens=1024,
         ),
-        model=network(policy),
+        model=network(policy, shard_over),
         sft=SftConfig(
             optimizer=cosine(sft[0]),
             batch_size=sft[1],
@@ -101,7 +106,7 @@ def recipe(
         ),
         reward=RewardConfig(
             # One 6B reward model for every policy, from GPT-3 fine-tuned on public NLP tasks.
-            model=network("gpt3-6.7b"),
+            model=network("gpt3-6.7b", shard_over),
             optimizer=cosine(9e-6),
             batch_size=64,
             row_length=2048,
@@ -149,7 +154,8 @@ def config() -> Config:
     return recipe(
         "instructgpt_1b3",
         policy="gpt3-1.3b",
-        mesh=MeshConfig(data=1, fsdp=-1, model=1),
+        # fsdp within the planes of 2x2x2: the compiler sums gradients into parts there (docs/plan.md).
+        mesh=MeshConfig(data=2, fsdp=-1, model=1),
         sft=(9.65e-6, 32),
         init=(5e-6, 32),
         sft_remat="wide",
