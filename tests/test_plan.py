@@ -621,6 +621,47 @@ def test_bytes_of_states_are_those_counted_by_hand():
     assert sample.held["frozen"] == update.held["frozen"]
 
 
+SPREAD = """
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+from instructax.config import MeshConfig, RewardConfig, replace
+from instructax.plan import programs
+from instructax.runtime.mesh import make_mesh
+from test_plan import MODEL, TINY
+
+def planned(policy, value):
+    config = replace(
+        TINY, model=replace(MODEL, shard_over=policy), reward=RewardConfig(model=replace(MODEL, shard_over=value))
+    )
+    mesh = make_mesh(MeshConfig(2, 4, 1), jax.devices())
+    found = {p.name: p for p in programs.programs(config, mesh, ["ppo"])}
+    return found["ppo/sample"], found["ppo/update"]
+
+sample, update = planned("fsdp", "fsdp")
+words, kernels = 320 * 32, 2 * 12 * 32**2
+parts = updates = 2
+# Of the policy both halves read every part, of the value network one; all float32.
+gathered = 3 * 3 / 4 * 4 * parts * (2 * (kernels + words) + kernels)
+summed = 2 * 1 / 2 * 4 * updates * (kernels + words + kernels) / 4
+assert update.least_moved == gathered + summed, (update.least_moved, gathered, summed)
+
+wide_sample, wide_update = planned("data+fsdp", "data+fsdp")
+assert wide_update.least_moved == gathered * (7 / 8) / (3 / 4), wide_update.least_moved
+# Decoding reads from fsdp alone, wherever the parameters lie.
+assert wide_sample.made == sample.made
+saved = update.passed["params"] - wide_update.passed["params"]
+assert saved == 4 * 2 * (kernels + words) * (1 / 4 - 1 / 8), saved
+_, one_update = planned("fsdp", "data+fsdp")
+assert one_update.passed["ema"] == update.passed["ema"]
+assert update.passed["params"] - one_update.passed["params"] == saved / 2
+print("passed")
+"""
+
+
+def test_networks_spread_over_data_are_planned_where_they_lie():
+    apart.passes(SPREAD, JAX_PLATFORMS="cpu")
+
+
 def test_rankings_are_planned_family_by_family_where_that_has_fewer_scores(monkeypatch):
     """Half of a row its prompt; on a CPU, which has a triangle of scores for a whole row, that pays nowhere."""
 

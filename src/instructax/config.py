@@ -85,7 +85,8 @@ class ModelConfig:
     (on CPU a step of a scan stores and fetches what the backward pass needs), and longer to compile."""
     shard_over: ShardOver = "fsdp"
     """Mesh axes that share out parameters and optimizer state, beside model. With data too a large reward.model, which is
-    the value network's as well, needs no more fsdp than a small policy does."""
+    the value network's as well, needs no more fsdp than a small policy does; and a policy is trained in more shares than it
+    decodes in, since the rollout copy lies over fsdp alone."""
 
     @property
     def head_width(self) -> int:

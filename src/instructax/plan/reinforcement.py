@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from instructax.batches import EPISODE_WIDTHS, Layout, LmBatch, Rollout, scored_width
-from instructax.config import ModelConfig
+from instructax.config import ModelConfig, replace
 from instructax.models import functional as model
 from instructax.plan import least_moves, model_flops
 from instructax.plan.memory import shard_bytes
@@ -178,7 +178,8 @@ class Reinforcement(Shapes):
         width = jnp.dtype(m.compute_dtype).itemsize
         # Keys and values are of a row and a head, and lie where both do.
         cache = 2.0 * m.num_layers * rows / parts * slots * m.kv_heads / tensor * m.head_width
-        copy = shard_bytes(params) * width / 4
+        # The rollout copy lies over fsdp alone, whatever else the parameters are shared out over.
+        copy = shard_bytes(self.params(replace(m, shard_over="fsdp"), "lm")) * width / 4
         # int8 has a float32 scale for every token and head.
         kept = {"bfloat16": 2.0, "int8": 1 + 4 / m.head_width}.get(c.cache_dtype or "", width)
         decoded = rows * (c.response_length - 1)
