@@ -29,8 +29,8 @@ def config() -> Config:
     return _RECIPE(
         "instructgpt_175b",
         policy="gpt3-175b",
-        # Trained in 32 shares, by data and fsdp together; decoding, which meets a share of the rows 12 times a layer and token,
-        # does so in rings of 8 (docs/plan.md).
+        # Trained in 32 shares, over data and fsdp together; decoding, which waits for others 13 times a layer and token, goes
+        # round rings of 8 where these would be of 32 (docs/plan.md).
         mesh=MeshConfig(data=4, fsdp=-1, model=4),
         shard_over="data+fsdp",
         sft=(5.03e-6, 8),

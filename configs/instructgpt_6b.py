@@ -9,9 +9,9 @@ Planned for 16 v5p chips, never run (docs/plan.md):
 - Largest program `ppo/update`: 77.1 of 95 GiB a chip, each minibatch in two parts; sampling 66.2, scoring 46.6.
 - PPO, an iteration of 512 episodes at full length: 112 s (prefill 1, decode 12, score 8, update 91); the update at 68% MFU,
   decoding at 50% of its bandwidth bound; 500 iterations: 16 hours.
-- On 32 v6e, `--topology v6e:4x8 --mesh.data 4 --model.shard-over data+fsdp --reward.model.shard-over data+fsdp`, with
-  `LIBTPU_INIT_ARGS=--xla_tpu_scoped_vmem_limit_kib=49152` before it: sampling 27.9 of 31.25 GiB, the update 26.5; an iteration 50 s (prefill 1,
-  decode 10, score 4, update 36; MFU of the update 43%).
+- On 32 v6e, `--topology v6e:4x8 --mesh.data 4 --model.shard-over data+fsdp --reward.model.shard-over data+fsdp`:
+  sampling 27.9 of 31.25 GiB; the update, compiled with `LIBTPU_INIT_ARGS=--xla_tpu_scoped_vmem_limit_kib=49152`, 26.5; an iteration 50 s (prefill 1,
+  decode 10, update 36, MFU of the update 43%; scoring, 4, is that of `--mesh.data 1`).
 - 3.03 PF/s-days of the model's FLOPs.
 - SFT (`--only sft/step`): 649 ms a step, 59% MFU, 49.2 GiB.
 - The 6B reward model (`--only reward/step`): 1.46 s for 64 rankings of 9 in rows of 2,048, 50% MFU, 20.3 GiB.

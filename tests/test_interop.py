@@ -354,8 +354,10 @@ def test_a_stage_starts_from_a_safetensors_file_of_its_own_kind(tmp_path):
     params = model.init(jax.random.key(0), SMALL, "lm")
     path = str(tmp_path / "m.safetensors")
     safetensors_io.export_params(path, params, SMALL, head="lm", tokenizer="abc")
-    # Rows of padding and dropout are the run's own business.
-    ours = dataclasses.replace(SMALL, vocab_multiple=32, dropout=0.1)
+    # Rows of padding, dropout and how it is computed are the run's own business.
+    ours = dataclasses.replace(
+        SMALL, vocab_multiple=32, dropout=0.1, scan_unroll=2, shard_over="data+fsdp"
+    )
     found = load_params(run, path, ours, "lm")
     assert found["embed"]["token"].shape == (32, 8)
     np.testing.assert_array_equal(found["embed"]["token"][:11], params["embed"]["token"][:11])

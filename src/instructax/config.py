@@ -86,7 +86,7 @@ class ModelConfig:
     shard_over: ShardOver = "fsdp"
     """Mesh axes that share out parameters and optimizer state, beside model. With data too a large reward.model, which is
     the value network's as well, needs no more fsdp than a small policy does; and a policy is trained in more shares than it
-    decodes in, since the rollout copy lies over fsdp alone."""
+    decodes in, since the rollout copy lies over fsdp alone. Between several TPU slices weights would cross the slow network."""
 
     @property
     def head_width(self) -> int:
@@ -142,7 +142,8 @@ class MeshConfig:
     """Device mesh data x fsdp x model; -1 infers one axis from the number of devices."""
 
     data: int = -1
-    """Batch parallelism with replicated parameters; what lies between several TPU slices, and only that."""
+    """Batch parallelism with parameters replicated, unless a network's shard_over says otherwise; what lies between several
+    TPU slices, and only that."""
     fsdp: int = 1
     """Batch parallelism with sharded parameters and optimizer state."""
     model: int = 1

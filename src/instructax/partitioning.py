@@ -1,11 +1,12 @@
 """Which axis of which array lies on which axis of the mesh: the only place that knows.
 
-Two tables are data. ``RULES`` maps logical axis names to mesh axes; ``PARAMETERS`` maps the end
-of a parameter's path to its logical axes. Because only the *end* of a path is matched, Adam's
-moments and the averaged policy, whose paths contain the parameter's own, are sharded alike.
+Tables are data. ``RULES`` maps logical axis names to mesh axes (``PLACEMENTS`` and ``DECODING`` are its
+variants for a network's parameters and for decoding); ``PARAMETERS`` maps the end of a parameter's path
+to its logical axes. Because only the *end* of a path is matched, Adam's moments and the averaged policy,
+whose paths contain the parameter's own, are sharded alike.
 
-The mesh axes are ``data`` (batch parallelism, parameters replicated), ``fsdp`` (batch parallelism,
-parameters sharded) and ``model`` (tensor parallelism).
+The mesh axes are ``data`` (batch parallelism, parameters replicated unless ``ModelConfig.shard_over`` says
+otherwise), ``fsdp`` (batch parallelism, parameters sharded) and ``model`` (tensor parallelism).
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ class Linear(nn.Module):
     features: tuple[int, ...]
     std: float
     use_bias: bool
-    over: ShardOver = "fsdp"
+    over: ShardOver
     contract: int = 1
     stationary: bool = False
 
